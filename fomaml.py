@@ -1,0 +1,853 @@
+r"""FOMAML for language models, full parameters: learn weights from which a few gradient steps on a new task go far.
+
+For each meta-step, with T tasks drawn:
+    theta_i <- theta;  K times: theta_i <- theta_i - alpha grad L_support(theta_i)      (inner loop, fresh support rows each time)
+    g_i = grad L_query(theta_i)                                                        (first order: taken at theta_i ...)
+    theta <- AdamW(theta, clip(mean_i g_i))                                            (... applied at theta)
+Finn et al. 2017, MAML, arXiv 1703.03400 (section 5.2 for the first order); Nichol et al. 2018, Reptile, arXiv 1803.02999.
+
+What is done differently, and why:
+1. The inner SGD step runs inside backward, on the local FSDP2 shards, gradient by gradient; the query gradient goes straight into
+   one accumulator. So memory is five parameter-sized buffers (weights, copy of theta, accumulator, Adam's two) for any T and K.
+2. theta is restored by copying, bit for bit. Gradients come from plain backward(), so the weights that the forward pass used are
+   the weights that the backward pass sees, on every rank.
+3. Episodes are a function of (seed, step, place in the meta-batch); a resumed run equals an uninterrupted one bit for bit on CPU.
+4. --meta-gradient also takes reptile, maml (exact, second order) and joint (no inner loop: the baseline a claim needs).
+
+    python fomaml.py                                                       # laptop: embedded model and problems, 3 minutes
+    torchrun --standalone --nproc_per_node 1 fomaml.py --model meta-llama/Llama-3.2-1B --data hub --inner-lr 1e-2   # one GPU
+    torchrun --standalone --nproc_per_node 4 fomaml.py --model Qwen/Qwen3-4B-Instruct-2507 --data hub --activation-checkpointing
+    torchrun --nnodes 2 --nproc_per_node 8 --node_rank $R --master_addr $HOST --master_port 29500 fomaml.py --replicas 2 ...
+"""
+
+import functools
+import json
+import math
+import os
+import platform
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+import model as models
+from data import DataError, Encoded, Episode, Task, boxed_answer, collate, encode, load_tasks, same_answer, sample_episode, template
+
+
+@dataclass
+class Args:
+    """FOMAML with full parameters (also Reptile, exact MAML and joint training) for any Hugging Face causal language model."""
+
+    # What is trained, on what
+    model: str = "tiny"
+    """tiny (embedded, 2M parameters), a local folder in Hugging Face format, or a hub name."""
+    data: str = "embedded"
+    """embedded, conventions (hidden rules), hub (EleutherAI/hendrycks_math), or a file or folder; see data.py."""
+    task_column: str | None = None
+    """What makes a task: a column of the data (embedded problems: family or subject)."""
+    heldout_subjects: tuple[str, ...] = ()
+    """Tasks or subjects kept out of meta-training; evaluation adapts to them. Without: the source's own, else the test rows."""
+    support_ratio: float = 0.30
+    """Share of a task's rows for the inner loop."""
+    query_ratio: float = 0.40
+    """Share of a task's rows for the meta-gradient; the rest is the test split."""
+    max_length: int = 2048
+    """Tokens; longer sequences are left out and counted, never cut."""
+    output_dir: str = "runs/fomaml"
+    """Run folder: args.json, metrics.jsonl, evaluations.jsonl, curves.png, checkpoints. A folder in use gets a number appended."""
+    seed: int = 42
+    """Episodes are a function of (seed, step, place)."""
+
+    # The algorithm (symbols of the MAML paper)
+    meta_gradient: Literal["fomaml", "reptile", "maml", "joint"] = "fomaml"
+    """fomaml; reptile (theta += epsilon mean(theta_i - theta), K+1 inner steps); maml (exact second order, one process);
+    joint (no inner loop, one AdamW step on all rows of the meta-batch)."""
+    inner_steps: int = 5
+    """K, inner steps per task."""
+    inner_lr: float = 0.1
+    """alpha. Check that it adapts: 0.1 suits the tiny model, 1e-2 SmolLM2-135M, 1e-4 (the reference setting) moves nothing with SGD."""
+    inner_optimizer: Literal["sgd", "adam"] = "sgd"
+    """adam starts cold for each task and needs two more parameter-sized buffers."""
+    inner_clip: float = 0.0
+    """Gradient-norm limit of an inner step, 0 for none; costs one more parameter-sized buffer."""
+    support_batch: int = 4
+    """Rows per inner step."""
+    query_batch: int = 8
+    """Rows of the query loss."""
+    tasks_per_step: int = 4
+    """T, the meta-batch, over all replicas."""
+    steps: int = 100
+    """Meta-steps."""
+    outer_lr: float = 1e-3
+    """Peak learning rate of AdamW on theta (reference setting for 4B models: 3e-5)."""
+    warmup_ratio: float = 0.1
+    """Share of the steps with rising learning rate; cosine to zero after it."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW."""
+    weight_decay: float = 0.01
+    """AdamW."""
+    clip: float = 1.0
+    """Limit of the meta-gradient's norm."""
+    reptile_epsilon: float = 0.5
+    """Reptile's step towards the adapted weights (its schedule is the learning rate's)."""
+
+    # Evaluation, logging, checkpoints
+    eval_every: int = 50
+    """Meta-steps between evaluations; also before the first and after the last. 0: only those two; -1: none."""
+    eval_problems: int = 24
+    """Test problems per task."""
+    eval_tasks: int = 10
+    """Tasks evaluated at most, 0 for all."""
+    eval_max_new_tokens: int = 80
+    """Length of greedy answers; 0 leaves accuracy out."""
+    gain_every: int = 10
+    """Steps between measurements of the query loss before adaptation (one more forward per task)."""
+    save_every: int = 50
+    """Meta-steps between checkpoints; also at the end and on Ctrl-C or SIGTERM."""
+    keep: int = 5
+    """Checkpoints kept."""
+    resume: bool = False
+    """Continue the newest checkpoint of --output-dir."""
+    dry_run: bool = False
+    """Check versions, devices, model, data, memory and disk without reading weights; exit status 1 if the run could not finish."""
+    wandb: bool = False
+    """Log to Weights & Biases as well (pip install wandb; WANDB_MODE=offline works)."""
+
+    # Machine
+    replicas: int = 1
+    """R: the ranks form R groups; each takes T/R tasks, shards its own copy of the model and adapts alone."""
+    micro_batch: int = 0
+    """Rows per forward and rank, 0 for all at once."""
+    activation_checkpointing: bool = False
+    """Recompute activations in backward."""
+    offload_theta: bool = False
+    """Keep the copy of theta and the accumulator in (pinned) CPU memory."""
+    cpu_offload: bool = False
+    """FSDP2's offload: parameters and optimizer in CPU memory, streamed to the GPU."""
+    compile: bool = False
+    """torch.compile each transformer block."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own code."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+@dataclass(frozen=True)
+class World:
+    """A 2-D mesh replica x shard. Ranks of one shard group hold one copy of the weights and work on the same task together."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    replica: int = 0
+    replicas: int = 1
+    mesh: object = field(default=None, repr=False)
+
+    @property
+    def shards(self) -> int:
+        return self.size // self.replicas
+
+    @property
+    def shard(self) -> int:
+        return self.rank % self.shards
+
+
+def setup(args: Args) -> World:
+    """Process group (alone without torchrun too) and mesh."""
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    kwargs = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, device_id=device if cuda else None, **kwargs)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh(device.type, (args.replicas, size // args.replicas), mesh_dim_names=("replica", "shard"))
+    return World(device, rank, size, rank // (size // args.replicas), args.replicas, mesh)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM become a request that all ranks agree on; a second one ends the process at once."""
+
+    def __init__(self, world: World):
+        self.world, self.requested = world, False
+        signal.signal(signal.SIGINT, self._request)
+        signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, signum, frame):
+        self.requested = True
+        signal.signal(signum, signal.SIG_DFL)
+
+    def agreed(self) -> bool:
+        flag = torch.tensor(float(self.requested), device=self.world.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm
+
+
+def local(p: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a parameter or gradient."""
+    p = p.detach()
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+class Buffers:
+    """A flat copy of theta, a flat accumulator of the meta-gradient, and the hooks that consume each gradient inside backward.
+
+    `use` says what becomes of a gradient: "inner" (the inner step, in place), "meta" (add weight * gradient to the accumulator),
+    "keep" (stay in p.grad: more micro-batches of the same inner step follow).
+    """
+
+    def __init__(self, model, inner_lr: float, inner_optimizer: str = "sgd", inner_clip: float = 0.0, offload: bool = False):
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.inner_lr, self.adam, self.inner_clip = inner_lr, inner_optimizer == "adam", inner_clip
+        self.use, self.weight, self.inner_step = "keep", 1.0, 0
+        self.theta, self.meta = (self._flat(offload) for _ in range(2))  # lists of views
+        self.moments = (self._flat(False), self._flat(False)) if self.adam else None
+        for i, p in enumerate(self.params):
+            p.register_post_accumulate_grad_hook(functools.partial(self._consume, i))
+
+    def _flat(self, offload: bool) -> list[torch.Tensor]:
+        shards = [local(p) for p in self.params]
+        pin = offload and shards[0].is_cuda
+        flat = torch.zeros(sum(s.numel() for s in shards), dtype=shards[0].dtype, device="cpu" if offload else shards[0].device, pin_memory=pin)
+        return [v.view(s.shape) for v, s in zip(flat.split([s.numel() for s in shards]), shards, strict=True)]
+
+    def save(self) -> None:
+        for saved, p in zip(self.theta, self.params, strict=True):
+            saved.copy_(local(p))
+
+    def restore(self) -> None:
+        for saved, p in zip(self.theta, self.params, strict=True):
+            local(p).copy_(saved)
+
+    def start_task(self) -> None:
+        self.inner_step = 0
+        for flat in self.moments or ():
+            flat[0]._base.zero_()
+
+    def add_difference(self, weight: float) -> None:
+        """accumulator += weight (theta_i - theta), Reptile's direction."""
+        for total, saved, p in zip(self.meta, self.theta, self.params, strict=True):
+            total.add_(local(p).to(total.device) - saved, alpha=weight)
+
+    def _consume(self, i: int, p: torch.Tensor) -> None:
+        if self.use == "keep":
+            return
+        if self.use == "meta":
+            self.meta[i].add_(local(p.grad).to(self.meta[i].device), alpha=self.weight)
+        else:
+            self._inner_update(i, p, 1.0)
+        p.grad = None
+
+    @torch.no_grad()
+    def _inner_update(self, i: int, p: torch.Tensor, scale: float) -> None:
+        grad = local(p.grad)
+        if scale != 1.0:
+            grad = grad * scale
+        if self.adam:  # bias-corrected, betas (0.9, 0.999), as torch.optim.Adam's first steps
+            m, v, t = self.moments[0][i], self.moments[1][i], self.inner_step + 1
+            m.lerp_(grad, 0.1)
+            v.lerp_(grad.square(), 0.001)
+            local(p).addcdiv_(m, (v / (1 - 0.999**t)).sqrt_().add_(1e-8), value=-self.inner_lr / (1 - 0.9**t))
+        else:
+            local(p).add_(grad, alpha=-self.inner_lr)
+
+    def finish_inner_step(self) -> None:
+        """After the backward passes of an inner step: with --inner-clip the kept gradients are scaled and applied here."""
+        if self.inner_clip:
+            norm = full(torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])).item()
+            for i, p in enumerate(self.params):
+                if p.grad is not None:
+                    self._inner_update(i, p, min(1.0, self.inner_clip / (norm + 1e-6)))
+                    p.grad = None
+        self.inner_step += 1
+
+
+def full(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local_batches(rows: list[Encoded], world: World, pad_id: int, micro_batch: int = 0) -> list[dict]:
+    """This rank's share of a batch in micro-batches, padded, on the device. Every rank of a shard group gets equally many."""
+    rows = sorted(rows, key=lambda r: len(r.ids))[world.shard :: world.shards]
+    size = micro_batch or len(rows)
+    return [{k: v.to(world.device) for k, v in collate(rows[i : i + size], pad_id).items()} for i in range(0, len(rows), size)]
+
+
+def response_tokens(rows: list[Encoded]) -> int:
+    return sum(len(r.ids) - r.prompt_length for r in rows)
+
+
+class Learner:
+    """Model, buffers and batches together: what the loops below need at every step."""
+
+    def __init__(self, model, buffers: Buffers, world: World, pad_id: int, tokens: dict[str, Encoded], micro_batch: int = 0):
+        self.model, self.buffers, self.world, self.pad_id, self.tokens, self.micro_batch = model, buffers, world, pad_id, tokens, micro_batch
+        self.seen = 0  # tokens through forward and backward on this rank's replica
+
+    def backward(self, examples, use: str, total_tokens: int | None = None) -> torch.Tensor:
+        """One batch forward and backward; gradients go where `use` says. Returns this rank's part of the mean token loss.
+
+        The mean is over the response tokens of the whole batch (or over total_tokens): local sum x shards / tokens, as FSDP
+        averages gradients over the shard group.
+        """
+        rows = [self.tokens[e.id] for e in examples]
+        self.seen += sum(len(r.ids) for r in rows)
+        total = total_tokens or response_tokens(rows)
+        batches = local_batches(rows, self.world, self.pad_id, self.micro_batch)
+        part = torch.zeros((), device=self.world.device)
+        for j, batch in enumerate(batches):
+            last = j == len(batches) - 1
+            self.buffers.use = "keep" if use == "inner" and (not last or self.buffers.inner_clip) else use
+            loss = models.token_loss(self.model, batch)
+            (loss * (self.world.shards / total)).backward()
+            part += loss.detach().float() / total
+        self.buffers.use = "keep"
+        return part
+
+    @torch.no_grad()
+    def loss(self, examples) -> torch.Tensor:
+        """This rank's part of the mean token loss, forward only."""
+        rows = [self.tokens[e.id] for e in examples]
+        batches = local_batches(rows, self.world, self.pad_id, self.micro_batch)
+        return sum(models.token_loss(self.model, b).float() for b in batches) / response_tokens(rows)
+
+    def inner_loop(self, support, batch_size: int) -> torch.Tensor:
+        """theta_i <- theta_i - alpha grad L_support(theta_i), len(support) / batch_size times. Returns the last step's loss."""
+        self.buffers.start_task()
+        for k in range(0, len(support), batch_size):
+            last = self.backward(support[k : k + batch_size], "inner")
+            self.buffers.finish_inner_step()
+        return last
+
+    def maml_gradient(self, episode: Episode, batch_size: int, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds weight x the exact meta-gradient, through the K inner steps. One process; attention with second derivatives."""
+        theta = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        fast = theta
+
+        def mean_loss(weights, examples):
+            rows = [self.tokens[e.id] for e in examples]
+            self.seen += sum(len(r.ids) for r in rows)
+            (batch,) = local_batches(rows, self.world, self.pad_id)
+            return models.token_loss(lambda **kw: torch.func.functional_call(self.model, weights, (), kw), batch) / response_tokens(rows)
+
+        for k in range(0, len(episode.support), batch_size):
+            support = mean_loss(fast, episode.support[k : k + batch_size])
+            grads = torch.autograd.grad(support, list(fast.values()), create_graph=True)
+            fast = {n: p - self.buffers.inner_lr * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+        query = mean_loss(fast, episode.query)
+        for total, g in zip(self.buffers.meta, torch.autograd.grad(query, list(theta.values())), strict=True):
+            total.add_(g, alpha=weight)
+        return support.detach(), query.detach()
+
+
+def meta_gradient(learner: Learner, episodes: list[Episode], method: str, support_batch: int, total_tasks: int, union_tokens: int = 0,
+                  measure_gain: bool = False, stop: Stop | None = None) -> torch.Tensor | None:
+    """Adds this replica's episodes to the accumulator; theta is as before afterwards, bit for bit.
+
+    union_tokens: response tokens of the whole meta-batch (for joint). Returns [len(episodes), 3]: this rank's part of the support
+    loss (last inner step, on its own batch at theta_{K-1}), the query loss after adaptation, and the query loss before it (0 when
+    not measured); None if a stop was agreed on.
+    """
+    buffers = learner.buffers
+    buffers.meta[0]._base.zero_()
+    buffers.weight = 1.0 if method == "joint" else 1.0 / total_tasks  # joint is a token mean over the union
+    buffers.save()
+    losses = torch.zeros(len(episodes), 3, device=learner.world.device)
+    for i, episode in enumerate(episodes):
+        if stop is not None and stop.agreed():
+            return None
+        if measure_gain and method != "joint":
+            losses[i, 2] = learner.loss(episode.query)
+        if method == "maml":
+            losses[i, 0], losses[i, 1] = learner.maml_gradient(episode, support_batch, buffers.weight)
+        elif method == "joint":
+            for k in range(0, len(episode.support), support_batch):
+                rows = episode.support[k : k + support_batch]
+                part = learner.backward(rows, "meta", union_tokens)
+            losses[i, 0] = part * union_tokens / response_tokens([learner.tokens[e.id] for e in rows])
+            part = learner.backward(episode.query, "meta", union_tokens)
+            losses[i, 1] = part * union_tokens / response_tokens([learner.tokens[e.id] for e in episode.query])
+        else:
+            losses[i, 0] = learner.inner_loop(episode.support, support_batch)  # theta_i
+            if method == "reptile":
+                losses[i, 1] = learner.backward(episode.query, "inner")
+                buffers.finish_inner_step()
+                buffers.add_difference(buffers.weight)
+            else:
+                losses[i, 1] = learner.backward(episode.query, "meta")  # g_i = grad L_query(theta_i)
+            buffers.restore()
+    if learner.world.replicas > 1:
+        dist.all_reduce(buffers.meta[0]._base, group=learner.world.mesh.get_group("replica"))
+    return losses
+
+
+def set_gradients(buffers: Buffers) -> None:
+    """The accumulator becomes p.grad (views, no copy)."""
+    for p, g in zip(buffers.params, buffers.meta, strict=True):
+        g = g.to(local(p).device)
+        p.grad = DTensor.from_local(g, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()) if isinstance(p, DTensor) else g
+
+
+def learning_rate(step: int, args: Args) -> float:
+    """Share of the peak: linear warm-up, cosine to zero."""
+    warmup = max(1, round(args.warmup_ratio * args.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def score(learner: Learner, items: list[tuple[int, object]], tokenizer, max_new_tokens: int, out: torch.Tensor) -> None:
+    """out[task] += (summed loss, right answers) over this rank's (task, example) items; every rank has the whole weights."""
+    chat = template(tokenizer)
+    by_task: dict[int, list] = {}
+    for i, e in items:
+        by_task.setdefault(i, []).append(learner.tokens[e.id])
+    with models.gathered(learner.model), torch.no_grad():
+        for i, rows in by_task.items():
+            rows = sorted(rows, key=lambda r: len(r.ids))
+            for at in range(0, len(rows), 16):
+                batch = {k: v.to(learner.world.device) for k, v in collate(rows[at : at + 16], learner.pad_id).items()}
+                out[i, 0] += models.token_loss(learner.model, batch).double()
+        if max_new_tokens:
+            prompts = [learner.tokens[e.id].ids[: learner.tokens[e.id].prompt_length] for _, e in items]
+            answers = models.generate_greedy(learner.model, prompts, chat.stop, learner.pad_id, max_new_tokens)
+            for (i, e), text in zip(items, tokenizer.batch_decode(answers), strict=True):
+                out[i, 1] += same_answer(boxed_answer(text), e.answer)
+
+
+def evaluate(learner: Learner, tasks: list[Task], tokenizer, args: Args, stop: Stop | None = None) -> dict | None:
+    """Adapt to each task from its support rows with the inner loop; loss and greedy exact-match accuracy on test rows before and
+    after. The same rows at every evaluation. theta is as before afterwards, bit for bit. None if a stop was agreed on."""
+    world, buffers = learner.world, learner.buffers
+    tests = [t.test[: args.eval_problems] for t in tasks]
+    totals = torch.zeros(len(tasks), 4, dtype=torch.float64, device=world.device)  # loss and right before, loss and right after
+    pool = [(i, e) for i, rows in enumerate(tests) for e in rows]
+    if mine := pool[world.rank :: world.size]:
+        score(learner, mine, tokenizer, args.eval_max_new_tokens, totals[:, :2])
+    buffers.save()
+    for i, task in enumerate(tasks):
+        if stop is not None and i % world.replicas == 0 and stop.agreed():
+            return None
+        if i % world.replicas != world.replica:
+            continue
+        support = random.Random(f"{args.seed}/evaluation/{task.name}").sample(task.support, args.inner_steps * args.support_batch)
+        learner.inner_loop(support, args.support_batch)
+        if mine := [(i, e) for e in tests[i][world.shard :: world.shards]]:
+            score(learner, mine, tokenizer, args.eval_max_new_tokens, totals[:, 2:])
+        buffers.restore()
+    dist.all_reduce(totals)
+    result = {}
+    for task, rows, (loss0, right0, loss1, right1) in zip(tasks, tests, totals.tolist(), strict=True):
+        n = response_tokens([learner.tokens[e.id] for e in rows])
+        result[task.name] = {"loss_before": loss0 / n, "loss_after": loss1 / n, "problems": len(rows)}
+        if args.eval_max_new_tokens:
+            result[task.name] |= {"accuracy_before": right0 / len(rows), "accuracy_after": right1 / len(rows)}
+    return result
+
+
+def average(result: dict) -> dict:
+    """Mean over tasks."""
+    keys = [k for k in next(iter(result.values())) if k != "problems"]
+    return {k: sum(r[k] for r in result.values()) / len(result) for k in keys}
+
+
+def results_table(base: dict, trained: dict) -> str:
+    """task | loss before | after | accuracy before | after: the base model against the meta-trained one."""
+    width = max(len(n) for n in [*base, "mean of tasks"])
+    lines = [f"{'':{width}}  {'base model':^37}  {'meta-trained':^37}",
+             f"{'task (adapted from its support rows)':{width}}  " + "  ".join(["loss: before  after  acc: before  after"[6:]] * 2)]
+    lines[1] = f"{'task':{width}}  " + "  ".join([f"{'loss before':>11} {'after':>7} {'acc before':>10} {'after':>6}"] * 2)
+    for name in [*base, None]:
+        cells = []
+        for r in (base, trained):
+            row = average(r) if name is None else r[name]
+            acc = [f"{100 * row[k]:5.1f}%" if k in row else "-" for k in ("accuracy_before", "accuracy_after")]
+            cells.append(f"{row['loss_before']:11.3f} {row['loss_after']:7.3f} {acc[0]:>10} {acc[1]:>6}")
+        lines.append(f"{name or 'mean of tasks':{width}}  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks before anything expensive
+
+
+def check(args: Args, size: int) -> None:
+    """Raises DataError for arguments that cannot work."""
+    for name in ("inner_steps", "support_batch", "query_batch", "tasks_per_step", "steps", "replicas", "keep", "max_length"):
+        if getattr(args, name) < 1:
+            raise DataError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name in ("inner_lr", "outer_lr", "clip"):
+        if not (0 < getattr(args, name) < math.inf):
+            raise DataError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(args, name)}")
+    if size % args.replicas:
+        raise DataError(f"--replicas {args.replicas} does not divide the {size} ranks")
+    if args.tasks_per_step % args.replicas:
+        raise DataError(f"--tasks-per-step {args.tasks_per_step} cannot be shared equally by {args.replicas} replicas")
+    shards = size // args.replicas
+    for name in ("support_batch", "query_batch"):
+        if getattr(args, name) % shards:
+            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a multiple of the {shards} ranks that share a task: raise it, or raise --replicas")
+    if args.meta_gradient == "maml" and (size > 1 or args.inner_optimizer != "sgd" or args.inner_clip or args.micro_batch):
+        raise DataError("--meta-gradient maml runs in one process, with plain SGD inner steps and whole batches")
+    if args.wandb:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise DataError("--wandb needs the package: pip install wandb") from None
+
+
+def prepare(args: Args, say) -> tuple:
+    """Config, tokenizer, tasks and their token ids: all that can be known without weights. Raises DataError or ModelError."""
+    config, tokenizer = models.load_config(args.model, args.trust_remote_code)
+    tasks = load_tasks(args.data, task_column=args.task_column, heldout=args.heldout_subjects, support_ratio=args.support_ratio,
+                       query_ratio=args.query_ratio, seed=args.seed)
+    tokens, dropped = encode(tokenizer, [e for t in tasks for part in (t.support, t.query, t.test) for e in part], args.max_length)
+    tasks = [Task(t.name, *([e for e in part if e.id in tokens] for part in (t.support, t.query, t.test)), t.heldout) for t in tasks]
+    say(f"{len(tasks)} tasks ({sum(t.heldout for t in tasks)} held out), {len(tokens)} sequences; {dropped} over {args.max_length} tokens left out")
+    need = args.inner_steps * args.support_batch
+    for t in tasks:
+        if len(t.support) < need or (not t.heldout and len(t.query) < args.query_batch) or not t.test:
+            raise DataError(f"task {t.name} has {len(t.support)} support, {len(t.query)} query and {len(t.test)} test rows; it needs {need} "
+                            f"(--inner-steps x --support-batch), {args.query_batch} and 1: lower these or change the ratios")
+    evaluated = [t for t in tasks if t.heldout] or tasks
+    if args.eval_tasks and len(evaluated) > args.eval_tasks:  # evenly over the list, so that every kind is there
+        evaluated = [evaluated[i * len(evaluated) // args.eval_tasks] for i in range(args.eval_tasks)]
+    return config, tokenizer, [t for t in tasks if not t.heldout], evaluated, tokens
+
+
+def dry_run(args: Args, world: World) -> int:
+    """The environment test. Returns the exit status."""
+    import datasets
+    import transformers
+
+    reasons, say = [], functools.partial(print, flush=True) if world.rank == 0 else lambda *a: None
+    say(f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, datasets {datasets.__version__}")
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    total = torch.ones((), device=world.device)
+    dist.all_reduce(total)
+    say(f"{world.size} rank(s) on {device}; {world.replicas} replica(s) of {world.shards} shard(s); all-reduce {'works' if total == world.size else 'FAILED'}")
+    try:
+        config, tokenizer, tasks, evaluated, tokens = prepare(args, say)
+        n = models.parameter_count(config, args.trust_remote_code)
+        for t in tasks + [t for t in evaluated if t.heldout]:
+            say(f"  {t.name}{' (held out)' if t.heldout else ''}: {len(t.support)} support, {len(t.query)} query, {len(t.test)} test")
+        mean = sum(len(r.ids) for r in tokens.values()) / len(tokens)
+        longest = max(len(r.ids) for r in tokens.values())
+        rows = args.inner_steps * args.support_batch + args.query_batch
+        say(f"{n / 1e6:.1f}M parameters; about {args.tasks_per_step * rows * mean:,.0f} tokens per meta-step (mean sequence {mean:.0f}, longest {longest})")
+        buffers = 5 + 2 * (args.inner_optimizer == "adam") + (args.micro_batch > 0 or args.inner_clip > 0)
+        batch_rows = args.micro_batch or max(args.support_batch, args.query_batch) // world.shards
+        hidden, layers = config.get_text_config().hidden_size, config.get_text_config().num_hidden_layers
+        width = 2 if world.device.type == "cuda" else 4
+        activations = batch_rows * longest * hidden * layers * width * (2 if args.activation_checkpointing else 34)
+        logits = batch_rows * longest * config.get_text_config().vocab_size * (2 * width + 8)
+        need = buffers * 4 * n / world.shards + activations + logits
+        if world.device.type == "cuda":
+            have = torch.cuda.mem_get_info()[0]
+        else:
+            have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        say(f"memory per rank: about {need / 1e9:.2f} GB ({buffers} buffers of {4 * n / world.shards / 1e9:.2f} GB, activations {activations / 1e9:.2f}, "
+            f"logits {logits / 1e9:.2f}) of {have / 1e9:.1f} GB")
+        if need > have:
+            reasons.append(f"needs about {need / 1e9:.1f} GB per rank, {have / 1e9:.1f} are there: use more ranks, --micro-batch, --activation-checkpointing or --offload-theta")
+        folder = next(p for p in [Path(args.output_dir).resolve(), *Path(args.output_dir).resolve().parents] if p.exists())
+        disk, free = (12 + (2 if world.device.type == "cuda" else 4)) * n * (min(args.keep, -(-args.steps // args.save_every)) + 1), shutil.disk_usage(folder).free
+        say(f"disk: checkpoints need up to {disk / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
+        if disk > free:
+            reasons.append(f"checkpoints need {disk / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free: lower --keep")
+    except (DataError, models.ModelError) as e:
+        reasons.append(str(e))
+    if total != world.size:
+        reasons.append("the all-reduce gave a wrong sum")
+    say("\n".join(f"cannot finish: {r}" for r in reasons) or "ready")
+    return 1 if reasons else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "L4": 121}  # dense bf16, vendors' data sheets
+
+
+def build(args: Args, config, world: World):
+    """The sharded model with its weights: fp32 master weights, bf16 compute on GPUs."""
+    source = models.load_weights(args.model, trust_remote_code=args.trust_remote_code) if world.rank == 0 else None
+    model = models.skeleton(config, attention="eager" if args.meta_gradient == "maml" else None, trust_remote_code=args.trust_remote_code)
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    blocks = models.layers_to_shard(model)
+    if args.compile:
+        for block in blocks:
+            block.compile()
+    if args.meta_gradient != "maml":  # maml: one process, and functional_call wants plain tensors
+        cuda = world.device.type == "cuda"
+        sharding = {"mesh": world.mesh["shard"], "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
+                    "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else MixedPrecisionPolicy()}
+        for block in blocks:
+            fully_shard(block, **sharding)
+        fully_shard(model, **sharding)
+    models.materialize(model, source, torch.device("cpu") if args.cpu_offload else world.device)
+    return model.train()
+
+
+def main(args: Args, world: World) -> int:
+    rank0 = world.rank == 0
+    say = functools.partial(tqdm.write, file=sys.stdout) if rank0 else lambda *a: None
+    config, tokenizer, tasks, evaluated, tokens = prepare(args, say)
+    run = run_folder(args, world)
+    resume_from = models.checkpoints(run)[-1] if args.resume and models.checkpoints(run) else None
+    start_time = time.time()
+
+    torch.manual_seed(args.seed)
+    model = build(args, config, world)
+    buffers = Buffers(model, args.inner_lr, args.inner_optimizer, args.inner_clip, args.offload_theta)
+    optimizer = torch.optim.AdamW(buffers.params, lr=args.outer_lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
+    learner = Learner(model, buffers, world, tokenizer.pad_token_id, tokens, args.micro_batch)
+    stop = Stop(world)
+    n = sum(p.numel() for p in buffers.params)
+    state = models.load_checkpoint(resume_from, model, optimizer) if resume_from else {"step": 0, "skipped": 0, "skipped_in_a_row": 0}
+    say(f"{args.meta_gradient}: {n / 1e6:.1f}M parameters, {world.size} rank(s), run folder {run}" + (f", resumed at step {state['step']}" if resume_from else ""))
+    log = Log(args, run, rank0, state["step"])
+    saved_at = state["step"] if resume_from else -1
+    save_dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+
+    def save():
+        nonlocal saved_at
+        if saved_at != state["step"]:
+            models.save_checkpoint(run / "checkpoint", model, tokenizer, optimizer, state, save_dtype, args.keep)
+            saved_at = state["step"]
+
+    per_replica = args.tasks_per_step // world.replicas
+    bar = tqdm(total=args.steps, initial=state["step"], disable=not rank0, desc=args.meta_gradient, mininterval=0.5)
+    failed, stopped = None, False
+    for step in range(state["step"], args.steps + 1):
+        last = step == args.steps
+        due = args.eval_every >= 0 and (step == 0 or last or (args.eval_every and step % args.eval_every == 0))
+        if due and step not in log.evaluations:
+            result = evaluate(learner, evaluated, tokenizer, args, stop)
+            if stopped := result is None:
+                break
+            log.evaluation(step, result)
+        if last:
+            break
+        began, seen = time.perf_counter(), learner.seen
+        torch.manual_seed(hash((args.seed, step, world.replica)) % 2**31)  # dropout, where a model has it
+        meta_batch = [sample_episode(tasks, args.seed, step, i, r, per_replica, args.inner_steps * args.support_batch, args.query_batch)
+                      for r in range(world.replicas) for i in range(per_replica)]
+        mine = range(world.replica * per_replica, (world.replica + 1) * per_replica)
+        union = response_tokens([tokens[e.id] for ep in meta_batch for e in ep.support + ep.query])
+        gain = args.gain_every > 0 and (step == 0 or (step + 1) % args.gain_every == 0)
+        part = meta_gradient(learner, [meta_batch[i] for i in mine], args.meta_gradient, args.support_batch, args.tasks_per_step, union, gain, stop)
+        if stopped := part is None:
+            buffers.restore()
+            break
+        losses = torch.zeros(args.tasks_per_step, 3, device=world.device)
+        losses[mine.start : mine.stop] = part
+        dist.all_reduce(losses)  # parts of all ranks: support, query, query before
+
+        lr = args.outer_lr * learning_rate(step, args)
+        set_gradients(buffers)
+        if args.meta_gradient == "reptile":  # p.grad is the mean of theta_i - theta
+            norm = full(torch.nn.utils.get_total_norm([p.grad for p in buffers.params]))
+        else:
+            norm = full(torch.nn.utils.clip_grad_norm_(buffers.params, args.clip))
+        finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(losses).all())  # summed over all ranks: they agree
+        if finite and args.meta_gradient == "reptile":
+            with torch.no_grad():
+                for p, direction in zip(buffers.params, buffers.meta, strict=True):
+                    local(p).add_(direction.to(local(p).device), alpha=args.reptile_epsilon * learning_rate(step, args))
+        elif finite:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        optimizer.zero_grad()
+        state["step"], state["skipped"] = step + 1, state["skipped"] + (not finite)
+        state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
+
+        seconds = time.perf_counter() - began
+        metrics = step_metrics(losses.tolist(), [ep.task for ep in meta_batch], gain and args.meta_gradient != "joint")
+        speed = (learner.seen - seen) * world.replicas / seconds
+        metrics |= {"step": step + 1, "meta/grad_norm": norm.item(), "lr": lr, "skipped_steps": state["skipped"], "seconds": seconds, "tokens_per_second": speed,
+                    "peak_memory_gb": peak_memory(world) / 1e9}
+        if peak := next((t for name, t in PEAK_TFLOPS.items() if world.device.type == "cuda" and name in torch.cuda.get_device_name()), None):
+            metrics["mfu"] = 6 * n * speed / world.size / (peak * 1e12)
+        log.step(metrics)
+        bar.update()
+        bar.set_postfix(query=f"{metrics['meta/loss']:.3f}", gain=f"{log.last_gain:+.3f}" if log.last_gain is not None else "-", tok_s=f"{speed:,.0f}")
+        if state["skipped_in_a_row"] >= 5:
+            failed = f"the loss or meta-gradient was not finite in 5 steps running (to step {step + 1}): lower --inner-lr or --outer-lr. Last good checkpoint: {models.checkpoints(run)[-1] if models.checkpoints(run) else 'none'}"
+            break
+        if (step + 1) % args.save_every == 0 and state["skipped_in_a_row"] == 0:
+            save()
+    bar.close()
+    if failed:
+        print(f"fomaml.py: {failed}", file=sys.stderr) if rank0 else None
+        return 1
+    save()
+    if stopped:
+        say(f"stopped at step {state['step']} and saved; to go on: the same command with --output-dir {run} --resume")
+        return 0
+    if rank0:
+        log.finish(start_time)
+    return 0
+
+
+def run_folder(args: Args, world: World) -> Path:
+    """The run folder, the same on all ranks; a used one is never written over: without --resume a number is appended."""
+    name = [args.output_dir]
+    if world.rank == 0:
+        k = 2
+        while not args.resume and (Path(name[0]) / "args.json").exists():
+            name[0], k = f"{args.output_dir}-{k}", k + 1
+        run, mine = Path(name[0]), asdict(args)
+        if (run / "args.json").exists():
+            free = {"resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "replicas", "micro_batch", "activation_checkpointing",
+                    "offload_theta", "cpu_offload", "compile", "dry_run"}  # these do not change the mathematics
+            old = json.loads((run / "args.json").read_text())["args"]
+            changed = [k for k, v in json.loads(json.dumps(mine)).items() if k not in free and old.get(k, v) != v]
+            if changed:
+                name[0] = DataError(f"--resume: {run} was started with " + ", ".join(f"--{k.replace('_', '-')} {old[k]}" for k in changed) + "; give the same")
+        else:
+            run.mkdir(parents=True, exist_ok=True)
+            import transformers
+
+            versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+            (run / "args.json").write_text(json.dumps({"args": mine, "command": sys.argv, "ranks": world.size, "versions": versions}, indent=1))
+    dist.broadcast_object_list(name, 0)
+    if isinstance(name[0], DataError):
+        raise name[0]
+    return Path(name[0])
+
+
+def step_metrics(losses: list[list[float]], names: list[str], gain: bool) -> dict[str, float]:
+    """The metrics of one meta-step, under the names of the reference trainer; adaptation_gap is a generalisation gap (query after
+    adaptation - last support loss), adaptation_gain is what meta-learning is to raise (query before - after)."""
+    count = len(losses)
+    support, query, before = ([row[k] for row in losses] for k in range(3))
+    gaps = [q - s for q, s in zip(query, support, strict=True)]
+    mean = lambda x: sum(x) / count  # noqa: E731
+    spread = lambda x: mean([(v - mean(x)) ** 2 for v in x])  # noqa: E731
+    metrics = {"meta/loss": mean(query), "meta/avg_support_loss": mean(support), "meta/avg_query_loss": mean(query),
+               "meta/avg_adaptation_gap": mean(gaps), "meta/adaptation_gap_std": math.sqrt(spread(gaps)), "meta/task_loss_variance": spread(query)}
+    if gain:
+        metrics |= {"meta/query_loss_before": mean(before), "meta/adaptation_gain": mean(before) - mean(query)}
+    for i, name in enumerate(names):
+        metrics |= {f"{name}/support_loss": support[i], f"{name}/query_loss": query[i], f"{name}/adaptation_gap": gaps[i]}
+        if gain:
+            metrics[f"{name}/adaptation_gain"] = before[i] - query[i]
+    return metrics
+
+
+def peak_memory(world: World) -> float:
+    """Bytes: of the GPU's allocator, or of the process on a CPU."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Log:
+    """metrics.jsonl and evaluations.jsonl (cut back to the resumed step), wandb if asked, the table and picture at the end."""
+
+    def __init__(self, args: Args, run: Path, active: bool, step: int):
+        self.args, self.run, self.active, self.last_gain, self.wandb = args, run, active, None, None
+        self.evaluations = {}
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            lines = (run / name).read_text().splitlines() if (run / name).exists() else []
+            rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+            rows = [r for r in rows if r["step"] <= step]
+            if name == "evaluations.jsonl":
+                self.evaluations = {r["step"]: r["tasks"] for r in rows}
+        dist.barrier()
+        if active:
+            for name in ("metrics.jsonl", "evaluations.jsonl"):
+                if (run / name).exists():
+                    kept = [line for line in (run / name).read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+                    (run / name).write_text("".join(line + "\n" for line in kept))
+            if args.wandb:
+                import wandb
+
+                self.wandb = wandb.init(project="fomaml", name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
+        dist.barrier()
+
+    def _append(self, name: str, row: dict) -> None:
+        with open(self.run / name, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def step(self, metrics: dict) -> None:
+        self.last_gain = metrics.get("meta/adaptation_gain", self.last_gain)
+        if self.active:
+            self._append("metrics.jsonl", metrics)
+            if self.wandb:
+                self.wandb.log(metrics, step=metrics["step"])
+
+    def evaluation(self, step: int, result: dict) -> None:
+        self.evaluations[step] = result
+        mean = average(result)
+        if not self.active:
+            return
+        self._append("evaluations.jsonl", {"step": step, "mean": mean, "tasks": result})
+        gain = mean["loss_before"] - mean["loss_after"]
+        accuracy = f", accuracy {100 * mean['accuracy_before']:.1f}% -> {100 * mean['accuracy_after']:.1f}%" if "accuracy_after" in mean else ""
+        tqdm.write(f"step {step}: loss before adaptation {mean['loss_before']:.3f}, after {mean['loss_after']:.3f}{accuracy}", file=sys.stdout)
+        if len(self.evaluations) <= 2 and gain < 0.01:
+            tqdm.write(f"warning: adaptation gains only {gain:+.4f} nats: the inner loop hardly moves the model (raise --inner-lr or --inner-steps)"
+                       if gain > -0.01 else f"warning: adaptation makes the loss worse by {-gain:.3f} nats (lower --inner-lr)", file=sys.stdout)
+        if self.wandb:
+            self.wandb.log({f"eval/{k}": v for k, v in mean.items()}, step=step)
+
+    def finish(self, start_time: float) -> None:
+        if self.evaluations:
+            base, trained = self.evaluations[min(self.evaluations)], self.evaluations[max(self.evaluations)]
+            print("\n" + results_table(base, trained))
+        import plots
+
+        plots.training_curves([self.run], self.run / "curves.png")
+        print(f"\n{time.time() - start_time:.0f} s; model: {self.run / 'checkpoint'}; picture: {self.run / 'curves.png'}")
+
+
+def cli() -> int:
+    import tyro
+
+    args = tyro.cli(Args)
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    try:
+        check(args, world_size)
+        world = setup(args)
+        status = dry_run(args, world) if args.dry_run else main(args, world)
+    except (DataError, models.ModelError, OSError) as e:
+        if rank != 0:
+            time.sleep(5)  # torchrun ends all ranks when one fails: let rank 0 speak first
+        else:
+            print(f"fomaml.py: {e}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,404 @@
+"""Models: load, shard, generate, save; and the making of the embedded tiny model.
+
+    python model.py                        # trains assets/tiny from the embedded problems (about 15 minutes on 2 CPU cores)
+    python model.py --output-dir my_tiny --steps 200
+
+Every function works for any Hugging Face causal LM; nothing is written for one family.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+TINY = Path(__file__).resolve().parent / "assets" / "tiny"
+
+
+class ModelError(ValueError):
+    """The model cannot be used as asked; the message is one line for the user."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def resolve(name: str) -> str:
+    """`tiny`, a local folder in Hugging Face format, or a hub name -> what from_pretrained takes. Reads no weights."""
+    if name == "tiny":
+        return str(TINY)
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise ModelError(f"{name} is a folder without config.json: not a model in Hugging Face format")
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"no such model folder: {name}")
+    return name
+
+
+def load_config(name: str, trust_remote_code: bool = False):
+    """(config, tokenizer) without the weights. Raises ModelError if the model is unknown or unreachable."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as e:  # many kinds: hub, network, JSON, unknown architecture
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(f"cannot load model {name}: {reason[:200]} (use tiny, a local folder, or a hub name)") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return config, tokenizer
+
+
+def load_weights(name: str, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False):
+    """The model with its weights, on the CPU, in `dtype`."""
+    from transformers import AutoModelForCausalLM, logging
+
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise ModelError(f"cannot load model {name}: {str(e).strip().splitlines()[0][:200]}") from None
+
+
+def skeleton(config, dtype: torch.dtype = torch.float32, attention: str | None = None, trust_remote_code: bool = False):
+    """The model on the meta device: shapes and names without memory."""
+    from transformers import AutoModelForCausalLM
+
+    extra = {"attn_implementation": attention} if attention else {}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **extra)
+
+
+def layers_to_shard(model) -> list[torch.nn.Module]:
+    """The transformer blocks, by the library's own convention: modules whose class is named in `_no_split_modules`."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [m for m in model.modules() if type(m).__name__ in names]
+
+
+def materialize(model, source, device: torch.device) -> None:
+    """Give a (sharded) skeleton its memory on `device` and the weights of `source`, which only rank 0 of the job needs to hold.
+
+    One parameter at a time is broadcast and cut, so that no other rank ever holds the whole model. Buffers that are not in the
+    state dict (rotary frequencies) are copied as well.
+    """
+    model.to_empty(device=device)
+    model.tie_weights()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    values = dict(source.named_parameters()) | dict(source.named_buffers()) if rank == 0 else {}
+    where = torch.device("cpu") if device.type == "cpu" else torch.device("cuda", torch.cuda.current_device())
+    with torch.no_grad():
+        for name, target in [*model.named_parameters(), *model.named_buffers()]:
+            value = values[name].detach().to(where, target.dtype) if rank == 0 else torch.empty(target.shape, dtype=target.dtype, device=where)
+            if world > 1:
+                dist.broadcast(value, 0)
+            if isinstance(target, DTensor):
+                value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
+                target.to_local().copy_(value)
+            else:
+                target.copy_(value)
+
+
+def parameter_count(config, trust_remote_code: bool = False) -> int:
+    return sum(p.numel() for p in skeleton(config, trust_remote_code=trust_remote_code).parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss and generation
+
+
+def token_loss(model, batch: dict) -> torch.Tensor:
+    """Summed cross-entropy (nats) over the batch's response tokens.
+
+    batch: input_ids and labels, each [B, T], padded on the right, so that causal attention never sees the padding and no mask is
+    needed. Logits are computed from the first response token of the batch on (a multiple of 32, so that shapes repeat), and only
+    those of response tokens become fp32.
+    """
+    labels = batch["labels"][:, 1:]  # [B, T-1]
+    wanted = labels != -100
+    positions = wanted.any(0).nonzero()
+    if len(positions) == 0:  # an empty micro-batch: same collectives, zero loss
+        return model(input_ids=batch["input_ids"], use_cache=False).logits.sum() * 0.0
+    length = batch["input_ids"].shape[1]
+    keep = min(length, -(-(length - int(positions[0])) // 32) * 32)
+    logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=keep).logits
+    wanted, labels = wanted[:, length - keep :], labels[:, length - keep :]
+    return F.cross_entropy(logits[:, :-1][wanted].float(), labels[wanted], reduction="sum")
+
+
+@contextmanager
+def gathered(model):
+    """Within the block every rank holds the whole weights, so that ranks can run forwards (generation, evaluation) alone."""
+    wrapped = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    training = model.training
+    model.eval()
+    for m in wrapped:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    try:
+        yield
+    finally:
+        for m in wrapped:
+            m.reshard()
+            m.set_reshard_after_forward(m is not model, recurse=False)
+        model.train(training)
+
+
+@torch.no_grad()
+def generate_greedy(model, prompts: Sequence[Sequence[int]], stop: frozenset[int], pad_id: int, max_new_tokens: int,
+                    batch_size: int = 128) -> list[list[int]]:
+    """Greedy continuations (without the stop token) of token-id prompts; finished rows leave the batch and its cache."""
+    device = next(model.parameters()).device
+    stop_ids = torch.tensor(sorted(stop), device=device)
+    out: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for at in range(0, len(order), batch_size):
+        rows = order[at : at + batch_size]
+        length = -(-max(len(prompts[i]) for i in rows) // 32) * 32
+        ids = torch.full((len(rows), length), pad_id, device=device)  # left-padded
+        mask = torch.zeros_like(ids)
+        for j, i in enumerate(rows):
+            ids[j, length - len(prompts[i]) :] = torch.tensor(prompts[i], device=device)
+            mask[j, length - len(prompts[i]) :] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = None
+        for _ in range(max_new_tokens):
+            result = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = result.past_key_values
+            token = result.logits[:, -1].argmax(-1)  # [rows]
+            live = ~torch.isin(token, stop_ids)
+            for j, t in enumerate(token.tolist()):
+                if live[j]:
+                    out[rows[j]].append(t)
+            if not live.all():
+                index = live.nonzero().squeeze(1)
+                if len(index) == 0:
+                    break
+                cache.batch_select_indices(index)
+                rows = [rows[j] for j in index.tolist()]
+                token, mask, positions = token[index], mask[index], positions[index]
+            ids, positions = token[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_checkpoint(folder: Path, model, tokenizer, optimizer, extra: dict, dtype: torch.dtype, keep: int) -> None:
+    """One checkpoint folder: full weights in Hugging Face format (rank 0 writes) and state/, the sharded training state.
+
+    Everything is written to a temporary name and renamed, then `checkpoint` (a link) is moved to it: a kill at any moment leaves
+    the last good one usable. The newest `keep` are kept. extra must hold "step".
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    rank = dist.get_rank()
+    final = folder.parent / f"step-{extra['step']:06d}" if folder.name == "checkpoint" else folder
+    tmp = final.with_name(final.name + ".tmp")
+    if rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    dist.barrier()
+    weights = full_weights(model, dtype)
+    if rank == 0:
+        save_pretrained(tmp, model, tokenizer, weights, dtype)
+    del weights
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp / "state")
+    if rank == 0:
+        (tmp / "state" / "extra.json").write_text(json.dumps(extra))
+        shutil.rmtree(final, ignore_errors=True)
+        tmp.rename(final)
+        link = final.with_name("checkpoint.tmp")
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        link.replace(final.with_name("checkpoint"))
+        for old in checkpoints(final.parent)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(p for p in run.glob("step-*") if (p / "state" / "extra.json").exists() and not p.name.endswith(".tmp"))
+
+
+def load_checkpoint(folder: Path, model, optimizer) -> dict:
+    """Restore a checkpoint into a sharded model and its optimizer (any number of ranks); returns `extra`."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder / "state")
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return json.loads((folder / "state" / "extra.json").read_text())
+
+
+@torch.no_grad()
+def full_weights(model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer of the state dict, gathered one at a time; on rank 0, on the CPU (empty elsewhere). Collective."""
+    rank, weights = dist.get_rank() if dist.is_initialized() else 0, {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if rank == 0:
+            weights[name] = value.detach().to("cpu", dtype if value.is_floating_point() else None, copy=True)
+    return weights
+
+
+def save_pretrained(folder: Path, model, tokenizer, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """config, tokenizer and safetensors, as AutoModelForCausalLM.from_pretrained and vLLM read them. Call on one rank."""
+    plain = skeleton(model.config, dtype=dtype)  # the library's own writer, from the model class without FSDP
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedded tiny model
+
+
+@dataclass
+class Args:
+    """Train the embedded tiny model: its tokenizer from the problems' text, a small Llama on worked solutions."""
+
+    output_dir: str = str(TINY)
+    """Where the model is written (Hugging Face format, bf16)."""
+    steps: int = 2000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Problems per step, drawn evenly from the trained families."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW; 100 steps of warm-up, then cosine to a tenth."""
+    seed: int = 0
+    """Initial weights and data order; the same seed gives the same loss curve."""
+
+
+CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
+                 "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def train_tokenizer(texts: list[str], vocab_size: int = 1024):
+    """Byte-level BPE: any text round-trips. Digits stand alone; an operator takes the spaces around it (" + " is one token)."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    pattern = r"\d| ?\\[A-Za-z]+ ?| ?[A-Za-z]+| ?[^\sA-Za-z\d\\]+ ?|\\|\s+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|image|>"]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=CHAT_TEMPLATE,
+                                   additional_special_tokens=special[2:], model_max_length=2048, clean_up_tokenization_spaces=False)
+
+
+def tiny_config(vocab_size: int, tokenizer):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+                       num_key_value_heads=6, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+
+def main(args: Args) -> None:
+    import random
+
+    from tqdm import tqdm
+    from transformers import LlamaForCausalLM
+
+    from data import boxed_answer, collate, convention_examples, embedded_examples, encode, same_answer, template
+
+    families = embedded_examples(4000, args.seed, "train", heldout=False)
+    rows = [e for family in families.values() for e in family]
+    conventions = [e for kind in ("operation", "cipher") for i in range(10) for e in convention_examples(kind, i)]
+    json_text = ['{"cards": ["A", "10", "K", "7"], "number": [1, 10, 10, 7], "formula": "(10-7)*(10-1)=24"}',
+                 '{"current observation": "No landmarks nearby", "current instruction": "Turn right to face north.", "action": "turn_direction(right)"}',
+                 '{"current observation": "A cafe on the left", "current instruction": "Move forward until you reach next intersection.", "action": "forward()"}']
+    tokenizer = train_tokenizer([t for e in rows[::8] + conventions for t in (e.prompt, e.response)] + json_text * 50)
+    encoded, _ = encode(tokenizer, rows, 256)
+    by_family = [[encoded[e.id] for e in family] for family in families.values()]
+
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    model = LlamaForCausalLM(tiny_config(-(-len(tokenizer) // 64) * 64, tokenizer))
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {len(rows)} problems", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    start, losses, queue = time.time(), [], []
+    bar = tqdm(range(args.steps), mininterval=2)
+    for step in bar:
+        if not queue:  # sixteen batches of like lengths at a time, in random order
+            drawn = sorted((rng.choice(rng.choice(by_family)) for _ in range(16 * args.batch_size)), key=lambda r: len(r.ids))
+            queue = [drawn[i : i + args.batch_size] for i in range(0, len(drawn), args.batch_size)]
+            rng.shuffle(queue)
+        batch = collate(queue.pop(), tokenizer.pad_token_id)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min((step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
+        loss = token_loss(model, batch) / (batch["labels"] != -100).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
+    model.to(torch.bfloat16).float()  # measure what is stored
+    out = Path(args.output_dir)
+    shutil.rmtree(out, ignore_errors=True)
+    save_pretrained(out, model, tokenizer, full_weights(model, torch.bfloat16), torch.bfloat16)
+
+    model.eval()
+    t = template(tokenizer)
+    table = []
+    for heldout in (False, True):
+        for name, test in embedded_examples(40, args.seed, "test", heldout).items():
+            prompts = tokenizer([t.before + e.prompt + t.after for e in test], add_special_tokens=False)["input_ids"]
+            texts = tokenizer.batch_decode(generate_greedy(model, prompts, t.stop, tokenizer.pad_token_id, 96))
+            right = sum(same_answer(boxed_answer(text), e.answer) for text, e in zip(texts, test, strict=True))
+            table.append((name, heldout, right, len(test)))
+            print(f"{name:45} {'held out' if heldout else '':8} {right:3}/{len(test)}")
+    lines = ["| subject | trained families | held-out family |", "|---|---|---|"]
+    for subject in sorted({name.split("/")[0] for name, *_ in table}) + [""]:
+        cells = []
+        for heldout in (False, True):
+            picked = [(r, n) for name, h, r, n in table if h == heldout and name.startswith(subject)]
+            cells.append(f"{100 * sum(r for r, _ in picked) / sum(n for _, n in picked):.0f}%")
+        lines.append(f"| {subject or 'all'} | {cells[0]} | {cells[1]} |")
+    report = {"args": asdict(args) | {"output_dir": out.name}, "minutes": round((time.time() - start) / 60, 1),
+              "loss": [round(sum(losses[i : i + 100]) / len(losses[i : i + 100]), 4) for i in range(0, len(losses), 100)],
+              "accuracy": {name: [r, n] for name, _, r, n in table}, "torch": torch.__version__}
+    (out / "training.json").write_text(json.dumps(report, indent=1))
+    print("\n".join(lines), f"\n{report['minutes']} minutes", flush=True)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(Args))
+    except (ModelError, OSError) as e:
+        print(f"model.py: {e}", file=sys.stderr)
+        sys.exit(2)
