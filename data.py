@@ -31,6 +31,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from checker import extract_answer
+
 MATH_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 
@@ -63,31 +65,6 @@ class Episode:
     task: str
     support: list[Example]  # K x support_batch rows, in the order in which the inner steps use them
     query: list[Example]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
-
-
-def boxed_answer(text: str) -> str | None:
-    r"""The content of the last complete \boxed{...} (or \fbox{...}), braces balanced; None if there is none. Linear in the text."""
-    for start in reversed([m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)][-8:]):  # the last few: keeps it linear
-        depth = 1
-        for i in range(start, len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
-            if depth == 0:
-                return text[start:i].strip()
-    return None
-
-
-def same_answer(prediction: str | None, gold: str) -> bool:
-    """Exact match after removing what carries no meaning in LaTeX: spaces, \\left and \\right, \\dfrac for \\frac, a full stop."""
-
-    def normalise(s: str) -> str:
-        s = re.sub(r"\\left|\\right|\\[,!;: ]|\s|\$", "", s).replace("dfrac", "frac").replace("tfrac", "frac")
-        return s.rstrip(".")
-
-    return prediction is not None and normalise(prediction) == normalise(gold)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,22 +102,23 @@ def _nonzero(r: random.Random, n: int) -> int:
 
 # Prealgebra
 def add_and_subtract(r, size):
-    a, b, c = r.randint(2, 15 * size), r.randint(2, 15 * size), r.randint(1, 10 * size)
+    a, b, c = r.randint(2, 12 * size), r.randint(2, 9 * size), r.randint(1, 8 * size)
     return f"Compute ${a} + {b} - {c}$.", f"{a} + {b} = {a + b}, {a + b} - {c} = {a + b - c}.", str(a + b - c)
 
 
 def order_of_operations(r, size):
-    a, b, c = r.randint(1, 12 * size), r.randint(2, 4 + 2 * size), r.randint(2, 9)
+    a, b, c = r.randint(1, 10 * size), r.randint(2, 4 + size), r.randint(2, 9)
     return f"Compute ${a} + {b} \\cdot {c}$.", f"{b} \\cdot {c} = {b * c}, {a} + {b * c} = {a + b * c}.", str(a + b * c)
 
 
 def percent_of(r, size):
-    p, n = r.choice((10, 20, 25, 50, 75)[: 2 + size // 2 + 1]), 20 * r.randint(1, 10 * size)
-    return f"What is ${p}\\%$ of ${n}$?", f"{n} \\cdot {p} = {n * p}, {n * p} / 100 = {n * p // 100}.", str(n * p // 100)
+    a, b, k = r.choice(((1, 2), (1, 10), (1, 4), (1, 5), (3, 4), (2, 5), (3, 10))[: 2 + size]) + (r.randint(1, 6 * size),)
+    return (f"What is ${100 * a // b}\\%$ of ${b * k}$?",
+            f"{100 * a // b} / 100 = {a} / {b}, {b * k} / {b} = {k}, {a} \\cdot {k} = {a * k}.", str(a * k))
 
 
 def fraction_sum(r, size):
-    b, d = r.randint(2, 4 + size), r.randint(2, 4 + size)
+    b, d = r.randint(2, 3 + size), r.randint(2, 3 + size)
     a, c = r.randint(1, b), r.randint(1, d)
     n, m = a * d + c * b, b * d
     return (f"Compute $\\frac{{{a}}}{{{b}}} + \\frac{{{c}}}{{{d}}}$.",
@@ -154,11 +132,11 @@ def unit_price(r, size):
 
 
 def average_of_three(r, size):
-    mean = r.randint(3, 8 * size)
+    mean = r.randint(3, 5 * size)
     a, b = r.randint(1, 2 * mean - 1), r.randint(1, mean)
     c = 3 * mean - a - b
     return (f"What is the average of ${a}$, ${b}$ and ${c}$?",
-            f"{a} + {b} + {c} = {3 * mean}, {3 * mean} / 3 = {mean}.", str(mean))
+            f"{a} + {b} = {a + b}, {a + b} + {c} = {3 * mean}, {3 * mean} / 3 = {mean}.", str(mean))
 
 
 # Algebra
@@ -169,9 +147,10 @@ def linear_equation(r, size):
 
 
 def evaluate_quadratic(r, size):
-    b, c, k = _nonzero(r, 2 * size), _nonzero(r, 4 * size), r.randint(2, 4 + size)
+    b, c, k = _nonzero(r, 2 + size), _nonzero(r, 4 * size), r.randint(2, 4 + size)
     return (f"If $f(x) = {_quadratic(b, c)}$, what is $f({k})$?",
-            f"{k}^2 = {k * k}, {b} \\cdot {k} = {b * k}, {k * k} + {b * k} + {c} = {k * k + b * k + c}.", str(k * k + b * k + c))
+            f"{k}^2 = {k * k}, {b} \\cdot {k} = {b * k}, {k * k} + {b * k} = {k * k + b * k}, {k * k + b * k} + {c} = {k * k + b * k + c}.",
+            str(k * k + b * k + c))
 
 
 def sum_and_difference(r, size):
@@ -200,9 +179,10 @@ def slope(r, size):
 
 # Intermediate Algebra
 def remainder_theorem(r, size):
-    b, c, k = _nonzero(r, 2 * size), _nonzero(r, 5 * size), r.randint(1, 3 + size)
+    b, c, k = _nonzero(r, 2 + size), _nonzero(r, 5 * size), r.randint(1, 3 + size)
     return (f"What is the remainder when ${_quadratic(b, c)}$ is divided by ${_linear(1, -k)}$?",
-            f"{k}^2 = {k * k}, {b} \\cdot {k} = {b * k}, {k * k} + {b * k} + {c} = {k * k + b * k + c}.", str(k * k + b * k + c))
+            f"{k}^2 = {k * k}, {b} \\cdot {k} = {b * k}, {k * k} + {b * k} = {k * k + b * k}, {k * k + b * k} + {c} = {k * k + b * k + c}.",
+            str(k * k + b * k + c))
 
 
 def geometric_term(r, size):
@@ -225,18 +205,18 @@ def sum_of_squared_roots(r, size):
 
 
 def arithmetic_series(r, size):
-    a, d, n = r.randint(1, 3 * size), r.randint(1, 2 + size), r.randint(3, 4 + size)
+    a, d, n = r.randint(1, 3 * size), r.randint(1, 1 + size), r.randint(3, 4 + size // 2)
     last = a + (n - 1) * d
     return (f"What is the sum of the first {n} terms of the arithmetic sequence ${a}, {a + d}, \\ldots$?",
-            f"{a} + {n - 1} \\cdot {d} = {last}, {a} + {last} = {a + last}, {n} \\cdot {a + last} / 2 = {n * (a + last) // 2}.",
+            f"{n - 1} \\cdot {d} = {last - a}, {a} + {last - a} = {last}, {a} + {last} = {a + last}, {n} \\cdot {a + last} = {n * (a + last)}, {n * (a + last)} / 2 = {n * (a + last) // 2}.",
             str(n * (a + last) // 2))
 
 
 def composition(r, size):
-    a, b, c, d, k = r.randint(2, 3 + size), _nonzero(r, 2 * size), r.randint(2, 3 + size), _nonzero(r, 2 * size), r.randint(1, 3 + size)
+    a, b, c, d, k = r.randint(2, 2 + size), _nonzero(r, 2 * size), r.randint(2, 2 + size), _nonzero(r, 2 * size), r.randint(1, 2 + size)
     g = c * k + d
     return (f"If $f(x) = {_linear(a, b)}$ and $g(x) = {_linear(c, d)}$, what is $f(g({k}))$?",
-            f"g({k}) = {c * k} + {d} = {g}, f({g}) = {a * g} + {b} = {a * g + b}.", str(a * g + b))
+            f"{c} \\cdot {k} = {c * k}, {c * k} + {d} = {g}, {a} \\cdot {g} = {a * g}, {a * g} + {b} = {a * g + b}.", str(a * g + b))
 
 
 # Precalculus
@@ -249,34 +229,34 @@ def degrees_to_radians(r, size):
 
 
 def dot_product(r, size):
-    a, b, c, d = (_nonzero(r, 2 + 2 * size) for _ in range(4))
+    a, b, c, d = (_nonzero(r, 2 + size) for _ in range(4))
     return (f"Compute $({a}, {b}) \\cdot ({c}, {d})$.",
             f"{a} \\cdot {c} = {a * c}, {b} \\cdot {d} = {b * d}, {a * c} + {b * d} = {a * c + b * d}.", str(a * c + b * d))
 
 
 def determinant(r, size):
-    a, b, c, d = (r.randint(1, 2 + 2 * size) for _ in range(4))
+    a, b, c, d = (r.randint(1, 3 + size) for _ in range(4))
     return (f"Compute $\\begin{{vmatrix}} {a} & {b} \\\\ {c} & {d} \\end{{vmatrix}}$.",
             f"{a} \\cdot {d} = {a * d}, {b} \\cdot {c} = {b * c}, {a * d} - {b * c} = {a * d - b * c}.", str(a * d - b * c))
 
 
 def complex_product(r, size):
-    a, b, c, d = (r.randint(1, 1 + 2 * size) for _ in range(4))
+    a, b, c, d = (r.randint(1, 2 + size) for _ in range(4))
     return (f"Compute $({a} + {b}i)({c} + {d}i)$.",
-            f"{a * c} - {b * d} = {a * c - b * d}, {a * d} + {b * c} = {a * d + b * c}.", f"{a * c - b * d} + {a * d + b * c}i")
+            f"{a} \\cdot {c} - {b} \\cdot {d} = {a * c} - {b * d} = {a * c - b * d}, {a} \\cdot {d} + {b} \\cdot {c} = {a * d} + {b * c} = {a * d + b * c}.", f"{a * c - b * d} + {a * d + b * c}i")
 
 
 def squared_length(r, size):
     a, b, c = (_nonzero(r, 3 + size) for _ in range(3))
     return (f"What is the square of the length of the vector $({a}, {b}, {c})$?",
-            f"{a * a} + {b * b} + {c * c} = {a * a + b * b + c * c}.", str(a * a + b * b + c * c))
+            f"{a * a} + {b * b} = {a * a + b * b}, {a * a + b * b} + {c * c} = {a * a + b * b + c * c}.", str(a * a + b * b + c * c))
 
 
 def matrix_times_vector(r, size):
     a, b, c, d, x, y = (r.randint(1, 2 + size) for _ in range(6))
     p, q = a * x + b * y, c * x + d * y
     return (f"Compute $\\begin{{pmatrix}} {a} & {b} \\\\ {c} & {d} \\end{{pmatrix}} ({x}, {y})$.",
-            f"{a * x} + {b * y} = {p}, {c * x} + {d * y} = {q}.", f"({p}, {q})")
+            f"{a} \\cdot {x} + {b} \\cdot {y} = {a * x} + {b * y} = {p}, {c} \\cdot {x} + {d} \\cdot {y} = {c * x} + {d * y} = {q}.", f"({p}, {q})")
 
 
 # Number Theory
@@ -304,8 +284,8 @@ def common_multiple(r, size):
 
 
 def divisor_count(r, size):
-    p, q = r.choice(((2, 3), (2, 5), (3, 5), (2, 7), (3, 7), (5, 7), (2, 11), (3, 11), (2, 13), (3, 13))[: 2 + 2 * size])
-    i, j = r.randint(1, 1 + (size + 1) // 2), r.randint(1, 1 + (size > 2) + (size > 4))
+    p, q = r.choice(((2, 3), (2, 5), (3, 5), (2, 7), (3, 7), (5, 7), (2, 11), (3, 11), (2, 13), (3, 13))[: 4 + 2 * size])
+    i, j = r.randint(1, 2 + size // 2), r.randint(1, 1 + (size > 2) + (size > 4))
     n = p**i * q**j
     return (f"How many positive divisors does ${n}$ have?",
             f"{n} = {p}^{i} \\cdot {q}^{j}, {i + 1} \\cdot {j + 1} = {(i + 1) * (j + 1)}.", str((i + 1) * (j + 1)))
@@ -368,7 +348,7 @@ def two_draws(r, size):
 
 # Geometry
 def rectangle_perimeter(r, size):
-    a, b = r.randint(1, 10 * size), r.randint(1, 10 * size)
+    a, b = r.randint(1, 8 * size), r.randint(1, 8 * size)
     return f"What is the perimeter of a rectangle with sides ${a}$ and ${b}$?", f"{a} + {b} = {a + b}, 2 \\cdot {a + b} = {2 * (a + b)}.", str(2 * (a + b))
 
 
@@ -405,7 +385,8 @@ def box_surface(r, size):
     a, b, c = (r.randint(1, 2 + size) for _ in range(3))
     s = a * b + b * c + a * c
     return (f"What is the surface area of a box with sides ${a}$, ${b}$ and ${c}$?",
-            f"{a * b} + {b * c} + {a * c} = {s}, 2 \\cdot {s} = {2 * s}.", str(2 * s))
+            f"{a} \\cdot {b} = {a * b}, {b} \\cdot {c} = {b * c}, {a} \\cdot {c} = {a * c}, {a * b} + {b * c} = {a * b + b * c}, "
+            f"{a * b + b * c} + {a * c} = {s}, 2 \\cdot {s} = {2 * s}.", str(2 * s))
 
 
 # The last family of each subject is held out: neither the tiny model's pre-training nor meta-training sees it.
@@ -514,7 +495,7 @@ def _to_examples(rows: list[dict], source: str, task_column: str | None) -> list
             raise DataError(f"{source}, row {i + 1}: {prompt}, {response} and {task} must be non-empty text")
         level = re.search(r"\d+", str(row.get("level") or ""))
         answer = row.get("answer")
-        answer = str(answer) if answer not in (None, "") else boxed_answer(row[response]) or ""
+        answer = str(answer) if answer not in (None, "") else extract_answer(row[response]) or ""
         subject = str(row.get(_pick(row, ("subject", "type")) or task))
         examples.append((str(row[task]), Example(row[prompt], row[response], answer, subject, int(level.group()) if level else 0, f"{source}/{i}")))
     return examples
@@ -785,8 +766,8 @@ def validate(folder: Path) -> list[str]:
             if not (row["prompt"] or "").strip() or not (row["response"] or "").strip():
                 problems.append(f"{name}, row {i}: empty prompt or response")
                 continue
-            if boxed_answer(row["response"]) is None:
-                problems.append(f"{name}, row {i}: no final answer (\\boxed) in the response")
+            if not extract_answer(row["response"]):
+                problems.append(f"{name}, row {i}: no final answer in the response")
             key = " ".join(row["prompt"].split())
             if seen.setdefault(key, name) != name:
                 problems.append(f"{name}, row {i}: the same problem is in {seen[key]}")

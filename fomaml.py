@@ -24,26 +24,22 @@ import functools
 import json
 import math
 import os
-import platform
-import random
-import resource
-import shutil
-import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+import eval as evaluation
 import model as models
-from data import DataError, Encoded, Episode, Task, boxed_answer, collate, encode, load_tasks, same_answer, sample_episode, template
+from data import DataError, Encoded, Episode, Task, collate, encode, load_tasks, sample_episode
+from model import Stop, World
 
 
 @dataclass
@@ -140,63 +136,6 @@ class Args:
     """torch.compile each transformer block."""
     trust_remote_code: bool = False
     """Let a hub model run its own code."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks
-
-
-@dataclass(frozen=True)
-class World:
-    """A 2-D mesh replica x shard. Ranks of one shard group hold one copy of the weights and work on the same task together."""
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-    replica: int = 0
-    replicas: int = 1
-    mesh: object = field(default=None, repr=False)
-
-    @property
-    def shards(self) -> int:
-        return self.size // self.replicas
-
-    @property
-    def shard(self) -> int:
-        return self.rank % self.shards
-
-
-def setup(args: Args) -> World:
-    """Process group (alone without torchrun too) and mesh."""
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    kwargs = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, device_id=device if cuda else None, **kwargs)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    mesh = init_device_mesh(device.type, (args.replicas, size // args.replicas), mesh_dim_names=("replica", "shard"))
-    return World(device, rank, size, rank // (size // args.replicas), args.replicas, mesh)
-
-
-class Stop:
-    """Ctrl-C and SIGTERM become a request that all ranks agree on; a second one ends the process at once."""
-
-    def __init__(self, world: World):
-        self.world, self.requested = world, False
-        signal.signal(signal.SIGINT, self._request)
-        signal.signal(signal.SIGTERM, self._request)
-
-    def _request(self, signum, frame):
-        self.requested = True
-        signal.signal(signum, signal.SIG_DFL)
-
-    def agreed(self) -> bool:
-        flag = torch.tensor(float(self.requested), device=self.world.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,81 +356,6 @@ def learning_rate(step: int, args: Args) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def score(learner: Learner, items: list[tuple[int, object]], tokenizer, max_new_tokens: int, out: torch.Tensor) -> None:
-    """out[task] += (summed loss, right answers) over this rank's (task, example) items; every rank has the whole weights."""
-    chat = template(tokenizer)
-    by_task: dict[int, list] = {}
-    for i, e in items:
-        by_task.setdefault(i, []).append(learner.tokens[e.id])
-    with models.gathered(learner.model), torch.no_grad():
-        for i, rows in by_task.items():
-            rows = sorted(rows, key=lambda r: len(r.ids))
-            for at in range(0, len(rows), 16):
-                batch = {k: v.to(learner.world.device) for k, v in collate(rows[at : at + 16], learner.pad_id).items()}
-                out[i, 0] += models.token_loss(learner.model, batch).double()
-        if max_new_tokens:
-            prompts = [learner.tokens[e.id].ids[: learner.tokens[e.id].prompt_length] for _, e in items]
-            answers = models.generate_greedy(learner.model, prompts, chat.stop, learner.pad_id, max_new_tokens)
-            for (i, e), text in zip(items, tokenizer.batch_decode(answers), strict=True):
-                out[i, 1] += same_answer(boxed_answer(text), e.answer)
-
-
-def evaluate(learner: Learner, tasks: list[Task], tokenizer, args: Args, stop: Stop | None = None) -> dict | None:
-    """Adapt to each task from its support rows with the inner loop; loss and greedy exact-match accuracy on test rows before and
-    after. The same rows at every evaluation. theta is as before afterwards, bit for bit. None if a stop was agreed on."""
-    world, buffers = learner.world, learner.buffers
-    tests = [t.test[: args.eval_problems] for t in tasks]
-    totals = torch.zeros(len(tasks), 4, dtype=torch.float64, device=world.device)  # loss and right before, loss and right after
-    pool = [(i, e) for i, rows in enumerate(tests) for e in rows]
-    if mine := pool[world.rank :: world.size]:
-        score(learner, mine, tokenizer, args.eval_max_new_tokens, totals[:, :2])
-    buffers.save()
-    for i, task in enumerate(tasks):
-        if stop is not None and i % world.replicas == 0 and stop.agreed():
-            return None
-        if i % world.replicas != world.replica:
-            continue
-        support = random.Random(f"{args.seed}/evaluation/{task.name}").sample(task.support, args.inner_steps * args.support_batch)
-        learner.inner_loop(support, args.support_batch)
-        if mine := [(i, e) for e in tests[i][world.shard :: world.shards]]:
-            score(learner, mine, tokenizer, args.eval_max_new_tokens, totals[:, 2:])
-        buffers.restore()
-    dist.all_reduce(totals)
-    result = {}
-    for task, rows, (loss0, right0, loss1, right1) in zip(tasks, tests, totals.tolist(), strict=True):
-        n = response_tokens([learner.tokens[e.id] for e in rows])
-        result[task.name] = {"loss_before": loss0 / n, "loss_after": loss1 / n, "problems": len(rows)}
-        if args.eval_max_new_tokens:
-            result[task.name] |= {"accuracy_before": right0 / len(rows), "accuracy_after": right1 / len(rows)}
-    return result
-
-
-def average(result: dict) -> dict:
-    """Mean over tasks."""
-    keys = [k for k in next(iter(result.values())) if k != "problems"]
-    return {k: sum(r[k] for r in result.values()) / len(result) for k in keys}
-
-
-def results_table(base: dict, trained: dict) -> str:
-    """task | loss before | after | accuracy before | after: the base model against the meta-trained one."""
-    width = max(len(n) for n in [*base, "mean of tasks"])
-    lines = [f"{'':{width}}  {'base model':^37}  {'meta-trained':^37}",
-             f"{'task (adapted from its support rows)':{width}}  " + "  ".join(["loss: before  after  acc: before  after"[6:]] * 2)]
-    lines[1] = f"{'task':{width}}  " + "  ".join([f"{'loss before':>11} {'after':>7} {'acc before':>10} {'after':>6}"] * 2)
-    for name in [*base, None]:
-        cells = []
-        for r in (base, trained):
-            row = average(r) if name is None else r[name]
-            acc = [f"{100 * row[k]:5.1f}%" if k in row else "-" for k in ("accuracy_before", "accuracy_after")]
-            cells.append(f"{row['loss_before']:11.3f} {row['loss_after']:7.3f} {acc[0]:>10} {acc[1]:>6}")
-        lines.append(f"{name or 'mean of tasks':{width}}  " + "  ".join(cells))
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Checks before anything expensive
 
 
@@ -540,57 +404,27 @@ def prepare(args: Args, say) -> tuple:
 
 
 def dry_run(args: Args, world: World) -> int:
-    """The environment test. Returns the exit status."""
-    import datasets
-    import transformers
-
-    reasons, say = [], functools.partial(print, flush=True) if world.rank == 0 else lambda *a: None
-    say(f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, datasets {datasets.__version__}")
-    device = torch.cuda.get_device_name() if world.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    total = torch.ones((), device=world.device)
-    dist.all_reduce(total)
-    say(f"{world.size} rank(s) on {device}; {world.replicas} replica(s) of {world.shards} shard(s); all-reduce {'works' if total == world.size else 'FAILED'}")
+    """The environment test. Returns the exit status: 1 if the run could not finish."""
+    say = functools.partial(print, flush=True) if world.rank == 0 else lambda *a: None
+    reasons = models.check_ranks(world, say)
     try:
         config, tokenizer, tasks, evaluated, tokens = prepare(args, say)
-        n = models.parameter_count(config, args.trust_remote_code)
         for t in tasks + [t for t in evaluated if t.heldout]:
             say(f"  {t.name}{' (held out)' if t.heldout else ''}: {len(t.support)} support, {len(t.query)} query, {len(t.test)} test")
-        mean = sum(len(r.ids) for r in tokens.values()) / len(tokens)
-        longest = max(len(r.ids) for r in tokens.values())
-        rows = args.inner_steps * args.support_batch + args.query_batch
-        say(f"{n / 1e6:.1f}M parameters; about {args.tasks_per_step * rows * mean:,.0f} tokens per meta-step (mean sequence {mean:.0f}, longest {longest})")
+        lengths = [len(r.ids) for r in tokens.values()]
+        rows = args.tasks_per_step * (args.inner_steps * args.support_batch + args.query_batch)
+        say(f"about {rows * sum(lengths) / len(lengths):,.0f} tokens per meta-step; mean sequence {sum(lengths) / len(lengths):.0f}, longest {max(lengths)}")
         buffers = 5 + 2 * (args.inner_optimizer == "adam") + (args.micro_batch > 0 or args.inner_clip > 0)
-        batch_rows = args.micro_batch or max(args.support_batch, args.query_batch) // world.shards
-        hidden, layers = config.get_text_config().hidden_size, config.get_text_config().num_hidden_layers
-        width = 2 if world.device.type == "cuda" else 4
-        activations = batch_rows * longest * hidden * layers * width * (2 if args.activation_checkpointing else 34)
-        logits = batch_rows * longest * config.get_text_config().vocab_size * (2 * width + 8)
-        need = buffers * 4 * n / world.shards + activations + logits
-        if world.device.type == "cuda":
-            have = torch.cuda.mem_get_info()[0]
-        else:
-            have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        say(f"memory per rank: about {need / 1e9:.2f} GB ({buffers} buffers of {4 * n / world.shards / 1e9:.2f} GB, activations {activations / 1e9:.2f}, "
-            f"logits {logits / 1e9:.2f}) of {have / 1e9:.1f} GB")
-        if need > have:
-            reasons.append(f"needs about {need / 1e9:.1f} GB per rank, {have / 1e9:.1f} are there: use more ranks, --micro-batch, --activation-checkpointing or --offload-theta")
-        folder = next(p for p in [Path(args.output_dir).resolve(), *Path(args.output_dir).resolve().parents] if p.exists())
-        disk, free = (12 + (2 if world.device.type == "cuda" else 4)) * n * (min(args.keep, -(-args.steps // args.save_every)) + 1), shutil.disk_usage(folder).free
-        say(f"disk: checkpoints need up to {disk / 1e9:.2f} GB, {free / 1e9:.1f} GB are free")
-        if disk > free:
-            reasons.append(f"checkpoints need {disk / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free: lower --keep")
+        batch = (args.micro_batch or max(args.support_batch, args.query_batch) // world.shards) * max(lengths)
+        reasons += models.check_space(config, world, say, buffers, batch, args.activation_checkpointing, args.output_dir,
+                                      min(args.keep, -(-args.steps // args.save_every)) + 1)
     except (DataError, models.ModelError) as e:
         reasons.append(str(e))
-    if total != world.size:
-        reasons.append("the all-reduce gave a wrong sum")
     say("\n".join(f"cannot finish: {r}" for r in reasons) or "ready")
     return 1 if reasons else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "L4": 121}  # dense bf16, vendors' data sheets
-
 
 def build(args: Args, config, world: World):
     """The sharded model with its weights: fp32 master weights, bf16 compute on GPUs."""
@@ -613,11 +447,16 @@ def build(args: Args, config, world: World):
     return model.train()
 
 
+# What may differ when a run is resumed: it does not change the mathematics.
+FREE = {"resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "replicas", "micro_batch", "activation_checkpointing", "offload_theta",
+        "cpu_offload", "compile", "dry_run"}
+
+
 def main(args: Args, world: World) -> int:
     rank0 = world.rank == 0
     say = functools.partial(tqdm.write, file=sys.stdout) if rank0 else lambda *a: None
     config, tokenizer, tasks, evaluated, tokens = prepare(args, say)
-    run = run_folder(args, world)
+    run = models.run_folder(args.output_dir, asdict(args), args.resume, FREE, world.rank)
     resume_from = models.checkpoints(run)[-1] if args.resume and models.checkpoints(run) else None
     start_time = time.time()
 
@@ -647,7 +486,10 @@ def main(args: Args, world: World) -> int:
         last = step == args.steps
         due = args.eval_every >= 0 and (step == 0 or last or (args.eval_every and step % args.eval_every == 0))
         if due and step not in log.evaluations:
-            result = evaluate(learner, evaluated, tokenizer, args, stop)
+            buffers.save()
+            result = evaluation.adaptation(model, evaluated, tokens, tokenizer, world, adapt=lambda rows: learner.inner_loop(rows, args.support_batch),
+                                           restore=buffers.restore, shots=args.inner_steps * args.support_batch, problems=args.eval_problems,
+                                           max_new_tokens=args.eval_max_new_tokens, seed=args.seed, stop=stop)
             if stopped := result is None:
                 break
             log.evaluation(step, result)
@@ -691,9 +533,9 @@ def main(args: Args, world: World) -> int:
         metrics = step_metrics(losses.tolist(), [ep.task for ep in meta_batch], gain and args.meta_gradient != "joint")
         speed = (learner.seen - seen) * world.replicas / seconds
         metrics |= {"step": step + 1, "meta/grad_norm": norm.item(), "lr": lr, "skipped_steps": state["skipped"], "seconds": seconds, "tokens_per_second": speed,
-                    "peak_memory_gb": peak_memory(world) / 1e9}
-        if peak := next((t for name, t in PEAK_TFLOPS.items() if world.device.type == "cuda" and name in torch.cuda.get_device_name()), None):
-            metrics["mfu"] = 6 * n * speed / world.size / (peak * 1e12)
+                    "peak_memory_gb": models.peak_memory(world.device) / 1e9}
+        if peak := models.peak_flops(world.device):
+            metrics["mfu"] = 6 * n * speed / world.size / peak
         log.step(metrics)
         bar.update()
         bar.set_postfix(query=f"{metrics['meta/loss']:.3f}", gain=f"{log.last_gain:+.3f}" if log.last_gain is not None else "-", tok_s=f"{speed:,.0f}")
@@ -715,33 +557,6 @@ def main(args: Args, world: World) -> int:
     return 0
 
 
-def run_folder(args: Args, world: World) -> Path:
-    """The run folder, the same on all ranks; a used one is never written over: without --resume a number is appended."""
-    name = [args.output_dir]
-    if world.rank == 0:
-        k = 2
-        while not args.resume and (Path(name[0]) / "args.json").exists():
-            name[0], k = f"{args.output_dir}-{k}", k + 1
-        run, mine = Path(name[0]), asdict(args)
-        if (run / "args.json").exists():
-            free = {"resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "replicas", "micro_batch", "activation_checkpointing",
-                    "offload_theta", "cpu_offload", "compile", "dry_run"}  # these do not change the mathematics
-            old = json.loads((run / "args.json").read_text())["args"]
-            changed = [k for k, v in json.loads(json.dumps(mine)).items() if k not in free and old.get(k, v) != v]
-            if changed:
-                name[0] = DataError(f"--resume: {run} was started with " + ", ".join(f"--{k.replace('_', '-')} {old[k]}" for k in changed) + "; give the same")
-        else:
-            run.mkdir(parents=True, exist_ok=True)
-            import transformers
-
-            versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-            (run / "args.json").write_text(json.dumps({"args": mine, "command": sys.argv, "ranks": world.size, "versions": versions}, indent=1))
-    dist.broadcast_object_list(name, 0)
-    if isinstance(name[0], DataError):
-        raise name[0]
-    return Path(name[0])
-
-
 def step_metrics(losses: list[list[float]], names: list[str], gain: bool) -> dict[str, float]:
     """The metrics of one meta-step, under the names of the reference trainer; adaptation_gap is a generalisation gap (query after
     adaptation - last support loss), adaptation_gain is what meta-learning is to raise (query before - after)."""
@@ -761,31 +576,20 @@ def step_metrics(losses: list[list[float]], names: list[str], gain: bool) -> dic
     return metrics
 
 
-def peak_memory(world: World) -> float:
-    """Bytes: of the GPU's allocator, or of the process on a CPU."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 class Log:
     """metrics.jsonl and evaluations.jsonl (cut back to the resumed step), wandb if asked, the table and picture at the end."""
 
     def __init__(self, args: Args, run: Path, active: bool, step: int):
         self.args, self.run, self.active, self.last_gain, self.wandb = args, run, active, None, None
-        self.evaluations = {}
+        kept = {}
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             lines = (run / name).read_text().splitlines() if (run / name).exists() else []
-            rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
-            rows = [r for r in rows if r["step"] <= step]
-            if name == "evaluations.jsonl":
-                self.evaluations = {r["step"]: r["tasks"] for r in rows}
+            kept[name] = [row for line in lines if line.endswith("}") and (row := json.loads(line))["step"] <= step]  # a kill may leave half a line
+        self.evaluations = {row["step"]: row["tasks"] for row in kept["evaluations.jsonl"]}
         dist.barrier()
         if active:
-            for name in ("metrics.jsonl", "evaluations.jsonl"):
-                if (run / name).exists():
-                    kept = [line for line in (run / name).read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-                    (run / name).write_text("".join(line + "\n" for line in kept))
+            for name, rows in kept.items():
+                (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
             if args.wandb:
                 import wandb
 
@@ -805,7 +609,7 @@ class Log:
 
     def evaluation(self, step: int, result: dict) -> None:
         self.evaluations[step] = result
-        mean = average(result)
+        mean = evaluation.average(result)
         if not self.active:
             return
         self._append("evaluations.jsonl", {"step": step, "mean": mean, "tasks": result})
@@ -821,7 +625,7 @@ class Log:
     def finish(self, start_time: float) -> None:
         if self.evaluations:
             base, trained = self.evaluations[min(self.evaluations)], self.evaluations[max(self.evaluations)]
-            print("\n" + results_table(base, trained))
+            print("\n" + evaluation.results_table(base, trained))
         import plots
 
         plots.training_curves([self.run], self.run / "curves.png")
@@ -835,7 +639,7 @@ def cli() -> int:
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     try:
         check(args, world_size)
-        world = setup(args)
+        world = models.setup(args.replicas)
         status = dry_run(args, world) if args.dry_run else main(args, world)
     except (DataError, models.ModelError, OSError) as e:
         if rank != 0:

@@ -1,4 +1,4 @@
-"""Models: load, shard, generate, save; and the making of the embedded tiny model.
+"""Models: ranks, load, shard, generate, save, run folders; and the making of the embedded tiny model.
 
     python model.py                        # trains assets/tiny from the embedded problems (about 15 minutes on 2 CPU cores)
     python model.py --output-dir my_tiny --steps 200
@@ -7,14 +7,16 @@ Every function works for any Hugging Face causal LM; nothing is written for one 
 """
 
 import json
-import math
 import os
+import platform
+import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -30,6 +33,63 @@ TINY = Path(__file__).resolve().parent / "assets" / "tiny"
 
 class ModelError(ValueError):
     """The model cannot be used as asked; the message is one line for the user."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+@dataclass(frozen=True)
+class World:
+    """A 2-D mesh replica x shard. Ranks of one shard group hold one copy of the weights and work on the same task together."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    replica: int = 0
+    replicas: int = 1
+    mesh: object = field(default=None, repr=False)
+
+    @property
+    def shards(self) -> int:
+        return self.size // self.replicas
+
+    @property
+    def shard(self) -> int:
+        return self.rank % self.shards
+
+
+def setup(replicas: int = 1) -> World:
+    """Process group (without torchrun too, as the only rank) and mesh."""
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    kwargs = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, device_id=device if cuda else None, **kwargs)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh(device.type, (replicas, size // replicas), mesh_dim_names=("replica", "shard"))
+    return World(device, rank, size, rank // (size // replicas), replicas, mesh)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM become a request that all ranks agree on; a second one ends the process at once."""
+
+    def __init__(self, world: World):
+        self.world, self.requested = world, False
+        signal.signal(signal.SIGINT, self._request)
+        signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, signum, frame):
+        self.requested = True
+        signal.signal(signum, signal.SIG_DFL)
+
+    def agreed(self) -> bool:
+        flag = torch.tensor(float(self.requested), device=self.world.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,14 +191,12 @@ def token_loss(model, batch: dict) -> torch.Tensor:
     """
     labels = batch["labels"][:, 1:]  # [B, T-1]
     wanted = labels != -100
-    positions = wanted.any(0).nonzero()
-    if len(positions) == 0:  # an empty micro-batch: same collectives, zero loss
-        return model(input_ids=batch["input_ids"], use_cache=False).logits.sum() * 0.0
     length = batch["input_ids"].shape[1]
-    keep = min(length, -(-(length - int(positions[0])) // 32) * 32)
+    keep = min(length, -(-(length - int(wanted.any(0).nonzero()[0])) // 32) * 32)
     logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=keep).logits
     wanted, labels = wanted[:, length - keep :], labels[:, length - keep :]
-    return F.cross_entropy(logits[:, :-1][wanted].float(), labels[wanted], reduction="sum")
+    logits = logits[:, :-1][wanted]
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[wanted], reduction="sum")
 
 
 @contextmanager
@@ -276,6 +334,94 @@ def save_pretrained(folder: Path, model, tokenizer, weights: dict[str, torch.Ten
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The machine and the run folder
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "L4": 121}  # dense bf16, vendors' data sheets
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: of the GPU's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of the GPU, where its name is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * t for n, t in PEAK_TFLOPS.items() if n in name), None)
+
+
+def check_ranks(world: World, say) -> list[str]:
+    """Prints versions and devices, tries a collective; returns what is wrong."""
+    import datasets
+    import transformers
+
+    say(f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, datasets {datasets.__version__}")
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else f"CPU with {torch.get_num_threads()} thread(s)"
+    total = torch.ones((), device=world.device)
+    dist.all_reduce(total)
+    say(f"{world.size} rank(s), {device}; {world.replicas} replica(s) of {world.shards} shard(s); all-reduce {'works' if total == world.size else 'FAILED'}")
+    return [] if total == world.size else ["the all-reduce gave a wrong sum"]
+
+
+def check_space(config, world: World, say, buffers: int, batch_tokens: int, checkpointing: bool, output_dir: str, kept: int) -> list[str]:
+    """Estimates memory per rank (parameter-sized fp32 buffers, activations and logits of batch_tokens) and disk for `kept`
+    checkpoints against what is there; returns what is not enough. A rough rule: 34 activations of the hidden size per layer."""
+    text, cuda = config.get_text_config(), world.device.type == "cuda"
+    n, width = parameter_count(config), 2 if cuda else 4
+    held = buffers * 4 * n / world.shards
+    activations = batch_tokens * text.hidden_size * text.num_hidden_layers * width * (2 if checkpointing else 34)
+    logits = batch_tokens * text.vocab_size * (2 * width + 8)
+    need = held + activations + logits
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    have = torch.cuda.mem_get_info()[0] if cuda else pages / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    say(f"{n / 1e6:.1f}M parameters; memory per rank about {need / 1e9:.2f} GB ({buffers} buffers {held / 1e9:.2f}, activations "
+        f"{activations / 1e9:.2f}, logits {logits / 1e9:.2f}) of {have / 1e9:.1f} GB")
+    folder = next(p for p in [Path(output_dir).resolve(), *Path(output_dir).resolve().parents] if p.exists())
+    disk, free = (12 + width) * n * kept, shutil.disk_usage(folder).free
+    say(f"disk: up to {disk / 1e9:.2f} GB of checkpoints, {free / 1e9:.1f} GB free")
+    reasons = []
+    if need > have:
+        reasons.append(f"about {need / 1e9:.1f} GB per rank are needed, {have / 1e9:.1f} are there: more ranks, --micro-batch, --activation-checkpointing or offloading")
+    if disk > free:
+        reasons.append(f"checkpoints need {disk / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free: lower --keep")
+    return reasons
+
+
+def run_folder(output_dir: str, settings: dict, resume: bool, free: set[str], rank: int) -> Path:
+    """The run folder, the same on all ranks, with args.json (settings, command, versions) in it.
+
+    A used folder is never written over: without `resume` a number is appended. With it the settings must be those of the first
+    start, but for the names in `free`; else ModelError.
+    """
+    import transformers
+
+    answer: list = [output_dir]
+    if rank == 0:
+        run, k = Path(output_dir), 2
+        while not resume and (run / "args.json").exists():
+            run, k = Path(f"{output_dir}-{k}"), k + 1
+        answer[0] = str(run)
+        settings = json.loads(json.dumps(settings))
+        if (run / "args.json").exists():
+            old = json.loads((run / "args.json").read_text())["args"]
+            if changed := [f"--{k.replace('_', '-')} {old[k]}" for k, v in settings.items() if k not in free and old.get(k, v) != v]:
+                answer[0] = ModelError(f"--resume: {run} was started with {', '.join(changed)}; give the same")
+        else:
+            run.mkdir(parents=True, exist_ok=True)
+            versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+            size = dist.get_world_size()
+            (run / "args.json").write_text(json.dumps({"args": settings, "command": sys.argv, "ranks": size, "versions": versions}, indent=1))
+    dist.broadcast_object_list(answer, 0)
+    if isinstance(answer[0], ModelError):
+        raise answer[0]
+    return Path(answer[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The embedded tiny model
 
 
@@ -285,12 +431,12 @@ class Args:
 
     output_dir: str = str(TINY)
     """Where the model is written (Hugging Face format, bf16)."""
-    steps: int = 2000
+    steps: int = 8000
     """Optimizer steps."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Problems per step, drawn evenly from the trained families."""
-    lr: float = 3e-3
-    """Peak learning rate of AdamW; 100 steps of warm-up, then cosine to a tenth."""
+    lr: float = 5e-3
+    """Peak learning rate of Muon (matrices); embeddings and norms: AdamW at 3e-3. 100 steps of warm-up, then linear to zero."""
     seed: int = 0
     """Initial weights and data order; the same seed gives the same loss curve."""
 
@@ -319,8 +465,8 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1024):
 def tiny_config(vocab_size: int, tokenizer):
     from transformers import LlamaConfig
 
-    return LlamaConfig(vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-                       num_key_value_heads=6, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+    return LlamaConfig(vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
+                       num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
@@ -330,7 +476,8 @@ def main(args: Args) -> None:
     from tqdm import tqdm
     from transformers import LlamaForCausalLM
 
-    from data import boxed_answer, collate, convention_examples, embedded_examples, encode, same_answer, template
+    from checker import grade
+    from data import collate, convention_examples, embedded_examples, encode, template
 
     families = embedded_examples(4000, args.seed, "train", heldout=False)
     rows = [e for family in families.values() for e in family]
@@ -346,7 +493,11 @@ def main(args: Args) -> None:
     rng = random.Random(args.seed)
     model = LlamaForCausalLM(tiny_config(-(-len(tokenizer) // 64) * 64, tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens, {len(rows)} problems", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    # Muon, as on equal time it reaches twice AdamW's accuracy here (17.7% against 7.5% after 1,000 steps).
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [(torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), args.lr),
+                  (torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0, fused=True), 3e-3)]
     start, losses, queue = time.time(), [], []
     bar = tqdm(range(args.steps), mininterval=2)
     for step in bar:
@@ -354,16 +505,16 @@ def main(args: Args) -> None:
             drawn = sorted((rng.choice(rng.choice(by_family)) for _ in range(16 * args.batch_size)), key=lambda r: len(r.ids))
             queue = [drawn[i : i + args.batch_size] for i in range(0, len(drawn), args.batch_size)]
             rng.shuffle(queue)
-        batch = collate(queue.pop(), tokenizer.pad_token_id)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / 100, 0.55 + 0.45 * math.cos(math.pi * step / args.steps))
+        batch = collate(queue.pop(), tokenizer.pad_token_id, 8)
         loss = token_loss(model, batch) / (batch["labels"] != -100).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, lr in optimizers:
+            optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 100, 1 - step / args.steps)
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
-        if step % 50 == 0:
+        if step % 100 == 0:
             bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
     model.to(torch.bfloat16).float()  # measure what is stored
     out = Path(args.output_dir)
@@ -377,7 +528,7 @@ def main(args: Args) -> None:
         for name, test in embedded_examples(40, args.seed, "test", heldout).items():
             prompts = tokenizer([t.before + e.prompt + t.after for e in test], add_special_tokens=False)["input_ids"]
             texts = tokenizer.batch_decode(generate_greedy(model, prompts, t.stop, tokenizer.pad_token_id, 96))
-            right = sum(same_answer(boxed_answer(text), e.answer) for text, e in zip(texts, test, strict=True))
+            right = sum(grade(text, e.answer) for text, e in zip(texts, test, strict=True))
             table.append((name, heldout, right, len(test)))
             print(f"{name:45} {'held out' if heldout else '':8} {right:3}/{len(test)}")
     lines = ["| subject | trained families | held-out family |", "|---|---|---|"]
