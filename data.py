@@ -706,6 +706,28 @@ def encode(tokenizer, examples: Sequence[Example], max_length: int) -> tuple[dic
     return kept, len(rows) - len(kept)
 
 
+def episode_tasks(tokenizer, tasks: Sequence[Task], max_length: int, support: int, query: int, evaluated: int) -> tuple:
+    """(tasks to train on, tasks to evaluate on, {example.id: Encoded}, a line on what there is) for episodes of `support` and `query` rows.
+
+    Evaluated are the held-out tasks, or all where none is held out; at most `evaluated` of them (0: all), evenly over the list, so
+    that every kind is there. Raises DataError for a task with too few rows.
+    """
+    tokens, dropped = encode(tokenizer, [e for t in tasks for part in (t.support, t.query, t.test) for e in part], max_length)
+    tasks = [Task(t.name, *([e for e in part if e.id in tokens] for part in (t.support, t.query, t.test)), t.heldout) for t in tasks]
+    for t in tasks:
+        if len(t.support) < support or (not t.heldout and len(t.query) < query) or not t.test:
+            raise DataError(f"task {t.name} has {len(t.support)} support, {len(t.query)} query and {len(t.test)} test rows; it needs {support} "
+                            f"(--inner-steps x --support-batch), {query} and 1: lower these or change the ratios")
+    pool = [t for t in tasks if t.heldout] or tasks
+    count = min(evaluated or len(pool), len(pool))
+    report = f"{len(tasks)} tasks ({sum(t.heldout for t in tasks)} held out), {len(tokens)} sequences; {dropped} over {max_length} tokens left out"
+    return [t for t in tasks if not t.heldout], [pool[i * len(pool) // count] for i in range(count)], tokens, report
+
+
+def response_tokens(rows: Sequence[Encoded]) -> int:
+    return sum(len(r.ids) - r.prompt_length for r in rows)
+
+
 def collate(rows: Sequence[Encoded], pad_id: int, multiple: int = 32) -> dict:
     """Right-padded batch: input_ids and labels (-100 outside of the responses), each [B, T], T a multiple of `multiple`."""
     import torch

@@ -21,13 +21,9 @@ What is done differently, and why:
 """
 
 import functools
-import json
-import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -38,7 +34,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import model as models
-from data import DataError, Encoded, Episode, Task, collate, encode, load_tasks, sample_episode
+from data import DataError, Encoded, Episode, collate, episode_tasks, load_tasks, response_tokens, sample_episode
 from model import Stop, World
 
 
@@ -232,10 +228,6 @@ def local_batches(rows: list[Encoded], world: World, pad_id: int, micro_batch: i
     return [{k: v.to(world.device) for k, v in collate(rows[i : i + size], pad_id).items()} for i in range(0, len(rows), size)]
 
 
-def response_tokens(rows: list[Encoded]) -> int:
-    return sum(len(r.ids) - r.prompt_length for r in rows)
-
-
 class Learner:
     """Model, buffers and batches together: what the loops below need at every step."""
 
@@ -347,26 +339,14 @@ def set_gradients(buffers: Buffers) -> None:
         p.grad = DTensor.from_local(g, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()) if isinstance(p, DTensor) else g
 
 
-def learning_rate(step: int, args: Args) -> float:
-    """Share of the peak: linear warm-up, cosine to zero."""
-    warmup = max(1, round(args.warmup_ratio * args.steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, args.steps - warmup)))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks before anything expensive
 
 
 def check(args: Args, size: int) -> None:
     """Raises DataError for arguments that cannot work."""
-    for name in ("inner_steps", "support_batch", "query_batch", "tasks_per_step", "steps", "replicas", "keep", "max_length"):
-        if getattr(args, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ("inner_lr", "outer_lr", "clip"):
-        if not (0 < getattr(args, name) < math.inf):
-            raise DataError(f"--{name.replace('_', '-')} must be a positive number, not {getattr(args, name)}")
+    models.check_positive(args, ("inner_steps", "support_batch", "query_batch", "tasks_per_step", "steps", "replicas", "keep", "save_every", "max_length"),
+                          ("inner_lr", "outer_lr", "clip"))
     if size % args.replicas:
         raise DataError(f"--replicas {args.replicas} does not divide the {size} ranks")
     if args.tasks_per_step % args.replicas:
@@ -377,30 +357,17 @@ def check(args: Args, size: int) -> None:
             raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)} is not a multiple of the {shards} ranks that share a task: raise it, or raise --replicas")
     if args.meta_gradient == "maml" and (size > 1 or args.inner_optimizer != "sgd" or args.inner_clip or args.micro_batch):
         raise DataError("--meta-gradient maml runs in one process, with plain SGD inner steps and whole batches")
-    if args.wandb:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            raise DataError("--wandb needs the package: pip install wandb") from None
 
 
 def prepare(args: Args, say) -> tuple:
     """Config, tokenizer, tasks and their token ids: all that can be known without weights. Raises DataError or ModelError."""
     config, tokenizer = models.load_config(args.model, args.trust_remote_code)
-    tasks = load_tasks(args.data, task_column=args.task_column, heldout=args.heldout_subjects, support_ratio=args.support_ratio,
-                       query_ratio=args.query_ratio, seed=args.seed)
-    tokens, dropped = encode(tokenizer, [e for t in tasks for part in (t.support, t.query, t.test) for e in part], args.max_length)
-    tasks = [Task(t.name, *([e for e in part if e.id in tokens] for part in (t.support, t.query, t.test)), t.heldout) for t in tasks]
-    say(f"{len(tasks)} tasks ({sum(t.heldout for t in tasks)} held out), {len(tokens)} sequences; {dropped} over {args.max_length} tokens left out")
-    need = args.inner_steps * args.support_batch
-    for t in tasks:
-        if len(t.support) < need or (not t.heldout and len(t.query) < args.query_batch) or not t.test:
-            raise DataError(f"task {t.name} has {len(t.support)} support, {len(t.query)} query and {len(t.test)} test rows; it needs {need} "
-                            f"(--inner-steps x --support-batch), {args.query_batch} and 1: lower these or change the ratios")
-    evaluated = [t for t in tasks if t.heldout] or tasks
-    if args.eval_tasks and len(evaluated) > args.eval_tasks:  # evenly over the list, so that every kind is there
-        evaluated = [evaluated[i * len(evaluated) // args.eval_tasks] for i in range(args.eval_tasks)]
-    return config, tokenizer, [t for t in tasks if not t.heldout], evaluated, tokens
+    tasks, evaluated, tokens, report = episode_tasks(
+        tokenizer, load_tasks(args.data, task_column=args.task_column, heldout=args.heldout_subjects, support_ratio=args.support_ratio,
+                              query_ratio=args.query_ratio, seed=args.seed),
+        args.max_length, args.inner_steps * args.support_batch, args.query_batch, args.eval_tasks)
+    say(report)
+    return config, tokenizer, tasks, evaluated, tokens
 
 
 def dry_run(args: Args, world: World) -> int:
@@ -469,14 +436,14 @@ def main(args: Args, world: World) -> int:
     n = sum(p.numel() for p in buffers.params)
     state = models.load_checkpoint(resume_from, model, optimizer) if resume_from else {"step": 0, "skipped": 0, "skipped_in_a_row": 0}
     say(f"{args.meta_gradient}: {n / 1e6:.1f}M parameters, {world.size} rank(s), run folder {run}" + (f", resumed at step {state['step']}" if resume_from else ""))
-    log = Log(args, run, rank0, state["step"])
+    log = evaluation.Log("fomaml", asdict(args), run, rank0, state["step"])
     saved_at = state["step"] if resume_from else -1
     save_dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
 
     def save():
         nonlocal saved_at
         if saved_at != state["step"]:
-            models.save_checkpoint(run / "checkpoint", model, tokenizer, optimizer, state, save_dtype, args.keep)
+            models.save_checkpoint(run / "checkpoint", lambda tmp: models.write_training_state(tmp, model, tokenizer, optimizer, save_dtype), state, args.keep)
             saved_at = state["step"]
 
     per_replica = args.tasks_per_step // world.replicas
@@ -510,7 +477,7 @@ def main(args: Args, world: World) -> int:
         losses[mine.start : mine.stop] = part
         dist.all_reduce(losses)  # parts of all ranks: support, query, query before
 
-        lr = args.outer_lr * learning_rate(step, args)
+        lr = args.outer_lr * models.learning_rate(step, args.steps, args.warmup_ratio)
         set_gradients(buffers)
         if args.meta_gradient == "reptile":  # p.grad is the mean of theta_i - theta
             norm = full(torch.nn.utils.get_total_norm([p.grad for p in buffers.params]))
@@ -520,7 +487,7 @@ def main(args: Args, world: World) -> int:
         if finite and args.meta_gradient == "reptile":
             with torch.no_grad():
                 for p, direction in zip(buffers.params, buffers.meta, strict=True):
-                    local(p).add_(direction.to(local(p).device), alpha=args.reptile_epsilon * learning_rate(step, args))
+                    local(p).add_(direction.to(local(p).device), alpha=args.reptile_epsilon * models.learning_rate(step, args.steps, args.warmup_ratio))
         elif finite:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -530,7 +497,7 @@ def main(args: Args, world: World) -> int:
         state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
 
         seconds = time.perf_counter() - began
-        metrics = step_metrics(losses.tolist(), [ep.task for ep in meta_batch], gain and args.meta_gradient != "joint")
+        metrics = evaluation.step_metrics(losses.tolist(), [ep.task for ep in meta_batch], gain and args.meta_gradient != "joint")
         speed = (learner.seen - seen) * world.replicas / seconds
         metrics |= {"step": step + 1, "meta/grad_norm": norm.item(), "lr": lr, "skipped_steps": state["skipped"], "seconds": seconds, "tokens_per_second": speed,
                     "peak_memory_gb": models.peak_memory(world.device) / 1e9}
@@ -557,100 +524,8 @@ def main(args: Args, world: World) -> int:
     return 0
 
 
-def step_metrics(losses: list[list[float]], names: list[str], gain: bool) -> dict[str, float]:
-    """The metrics of one meta-step, under the names of the reference trainer; adaptation_gap is a generalisation gap (query after
-    adaptation - last support loss), adaptation_gain is what meta-learning is to raise (query before - after)."""
-    count = len(losses)
-    support, query, before = ([row[k] for row in losses] for k in range(3))
-    gaps = [q - s for q, s in zip(query, support, strict=True)]
-    mean = lambda x: sum(x) / count  # noqa: E731
-    spread = lambda x: mean([(v - mean(x)) ** 2 for v in x])  # noqa: E731
-    metrics = {"meta/loss": mean(query), "meta/avg_support_loss": mean(support), "meta/avg_query_loss": mean(query),
-               "meta/avg_adaptation_gap": mean(gaps), "meta/adaptation_gap_std": math.sqrt(spread(gaps)), "meta/task_loss_variance": spread(query)}
-    if gain:
-        metrics |= {"meta/query_loss_before": mean(before), "meta/adaptation_gain": mean(before) - mean(query)}
-    for i, name in enumerate(names):
-        metrics |= {f"{name}/support_loss": support[i], f"{name}/query_loss": query[i], f"{name}/adaptation_gap": gaps[i]}
-        if gain:
-            metrics[f"{name}/adaptation_gain"] = before[i] - query[i]
-    return metrics
-
-
-class Log:
-    """metrics.jsonl and evaluations.jsonl (cut back to the resumed step), wandb if asked, the table and picture at the end."""
-
-    def __init__(self, args: Args, run: Path, active: bool, step: int):
-        self.args, self.run, self.active, self.last_gain, self.wandb = args, run, active, None, None
-        kept = {}
-        for name in ("metrics.jsonl", "evaluations.jsonl"):
-            lines = (run / name).read_text().splitlines() if (run / name).exists() else []
-            kept[name] = [row for line in lines if line.endswith("}") and (row := json.loads(line))["step"] <= step]  # a kill may leave half a line
-        self.evaluations = {row["step"]: row["tasks"] for row in kept["evaluations.jsonl"]}
-        dist.barrier()
-        if active:
-            for name, rows in kept.items():
-                (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-            if args.wandb:
-                import wandb
-
-                self.wandb = wandb.init(project="fomaml", name=run.name, id=run.name, resume="allow", config=asdict(args), dir=run)
-        dist.barrier()
-
-    def _append(self, name: str, row: dict) -> None:
-        with open(self.run / name, "a") as f:
-            f.write(json.dumps(row) + "\n")
-
-    def step(self, metrics: dict) -> None:
-        self.last_gain = metrics.get("meta/adaptation_gain", self.last_gain)
-        if self.active:
-            self._append("metrics.jsonl", metrics)
-            if self.wandb:
-                self.wandb.log(metrics, step=metrics["step"])
-
-    def evaluation(self, step: int, result: dict) -> None:
-        self.evaluations[step] = result
-        mean = evaluation.average(result)
-        if not self.active:
-            return
-        self._append("evaluations.jsonl", {"step": step, "mean": mean, "tasks": result})
-        gain = mean["loss_before"] - mean["loss_after"]
-        accuracy = f", accuracy {100 * mean['accuracy_before']:.1f}% -> {100 * mean['accuracy_after']:.1f}%" if "accuracy_after" in mean else ""
-        tqdm.write(f"step {step}: loss before adaptation {mean['loss_before']:.3f}, after {mean['loss_after']:.3f}{accuracy}", file=sys.stdout)
-        if len(self.evaluations) <= 2 and gain < 0.01:
-            tqdm.write(f"warning: adaptation gains only {gain:+.4f} nats: the inner loop hardly moves the model (raise --inner-lr or --inner-steps)"
-                       if gain > -0.01 else f"warning: adaptation makes the loss worse by {-gain:.3f} nats (lower --inner-lr)", file=sys.stdout)
-        if self.wandb:
-            self.wandb.log({f"eval/{k}": v for k, v in mean.items()}, step=step)
-
-    def finish(self, start_time: float) -> None:
-        if self.evaluations:
-            base, trained = self.evaluations[min(self.evaluations)], self.evaluations[max(self.evaluations)]
-            print("\n" + evaluation.results_table(base, trained))
-        import plots
-
-        plots.training_curves([self.run], self.run / "curves.png")
-        print(f"\n{time.time() - start_time:.0f} s; model: {self.run / 'checkpoint'}; picture: {self.run / 'curves.png'}")
-
-
 def cli() -> int:
-    import tyro
-
-    args = tyro.cli(Args)
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    try:
-        check(args, world_size)
-        world = models.setup(args.replicas)
-        status = dry_run(args, world) if args.dry_run else main(args, world)
-    except (DataError, models.ModelError, OSError) as e:
-        if rank != 0:
-            time.sleep(5)  # torchrun ends all ranks when one fails: let rank 0 speak first
-        else:
-            print(f"fomaml.py: {e}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return status
+    return models.run_script("fomaml.py", Args, check, lambda args, world: dry_run(args, world) if args.dry_run else main(args, world))
 
 
 if __name__ == "__main__":

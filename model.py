@@ -7,6 +7,7 @@ Every function works for any Hugging Face causal LM; nothing is written for one 
 """
 
 import json
+import math
 import os
 import platform
 import resource
@@ -14,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from data import DataError
 
 TINY = Path(__file__).resolve().parent / "assets" / "tiny"
 
@@ -199,6 +202,14 @@ def token_loss(model, batch: dict) -> torch.Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[wanted], reduction="sum")
 
 
+def learning_rate(step: int, steps: int, warmup_ratio: float) -> float:
+    """Share of the peak at a step: linear warm-up, cosine to zero."""
+    warmup = max(1, round(warmup_ratio * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
 @contextmanager
 def gathered(model):
     """Within the block every rank holds the whole weights, so that ranks can run forwards (generation, evaluation) alone."""
@@ -259,39 +270,41 @@ def generate_greedy(model, prompts: Sequence[Sequence[int]], stop: frozenset[int
 # Saving
 
 
-def save_checkpoint(folder: Path, model, tokenizer, optimizer, extra: dict, dtype: torch.dtype, keep: int) -> None:
-    """One checkpoint folder: full weights in Hugging Face format (rank 0 writes) and state/, the sharded training state.
-
-    Everything is written to a temporary name and renamed, then `checkpoint` (a link) is moved to it: a kill at any moment leaves
-    the last good one usable. The newest `keep` are kept. extra must hold "step".
-    """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
+def save_checkpoint(folder: Path, write: Callable[[Path], None], extra: dict, keep: int) -> None:
+    """write(tmp) fills a temporary folder on every rank; it is then renamed to step-NNNNNN beside `folder`, and `folder`, a link, is
+    moved to it: a kill at any moment leaves the last good one usable. The newest `keep` are kept. extra must hold "step"."""
     rank = dist.get_rank()
-    final = folder.parent / f"step-{extra['step']:06d}" if folder.name == "checkpoint" else folder
+    final = folder.parent / f"step-{extra['step']:06d}"
     tmp = final.with_name(final.name + ".tmp")
     if rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
+        (tmp / "state").mkdir(parents=True)
     dist.barrier()
-    weights = full_weights(model, dtype)
-    if rank == 0:
-        save_pretrained(tmp, model, tokenizer, weights, dtype)
-    del weights
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp / "state")
+    write(tmp)
     if rank == 0:
         (tmp / "state" / "extra.json").write_text(json.dumps(extra))
         shutil.rmtree(final, ignore_errors=True)
         tmp.rename(final)
-        link = final.with_name("checkpoint.tmp")
+        link = folder.with_name(folder.name + ".tmp")
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
-        link.replace(final.with_name("checkpoint"))
+        link.replace(folder)
         for old in checkpoints(final.parent)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
+
+
+def write_training_state(folder: Path, model, tokenizer, optimizer, dtype: torch.dtype) -> None:
+    """Full weights in Hugging Face format (rank 0 writes) and state/, the sharded model and optimizer. Collective."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights = full_weights(model, dtype)
+    if dist.get_rank() == 0:
+        save_pretrained(folder, model, tokenizer, weights, dtype)
+    del weights
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "state")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -419,6 +432,40 @@ def run_folder(output_dir: str, settings: dict, resume: bool, free: set[str], ra
     if isinstance(answer[0], ModelError):
         raise answer[0]
     return Path(answer[0])
+
+
+def check_positive(args, whole: Sequence[str], numbers: Sequence[str]) -> None:
+    """Raises DataError where one of the named settings is not a whole number from 1 on, or not a positive number."""
+    for name in (*whole, *numbers):
+        value = getattr(args, name)
+        if not (1 if name in whole else 0) <= value < math.inf or value == 0:
+            raise DataError(f"--{name.replace('_', '-')} must be {'at least 1' if name in whole else 'a positive number'}, not {value}")
+
+
+def run_script(script: str, args_class, check: Callable, main: Callable) -> int:
+    """The command line of a training script: parse, check(args, ranks), main(args, world). Input that cannot work is one line and
+    status 2, before any weight is read."""
+    import tyro
+
+    args = tyro.cli(args_class)
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    try:
+        check(args, int(os.environ.get("WORLD_SIZE", 1)))
+        if args.wandb:
+            try:
+                import wandb  # noqa: F401
+            except ImportError:
+                raise DataError("--wandb needs the package: pip install wandb") from None
+        return main(args, setup(args.replicas))
+    except (DataError, ModelError, OSError) as e:
+        if rank != 0:
+            time.sleep(5)  # torchrun ends all ranks when one fails: let rank 0 speak first
+        else:
+            print(f"{script}: {e}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def test_reptile_and_joint():
     rows = [tokens[e.id] for ep in episodes for e in ep.support + ep.query]
     weights = {n: p.clone().requires_grad_() for n, p in theta.items()}
     grads = torch.autograd.grad(reference_loss(functional(model, weights), rows), list(weights.values()))
-    fomaml.meta_gradient(learner, episodes, "joint", B, 3, union_tokens=fomaml.response_tokens(rows))
+    fomaml.meta_gradient(learner, episodes, "joint", B, 3, union_tokens=data.response_tokens(rows))
     for e, g in zip(grads, learner.buffers.meta, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-8, atol=1e-11)
     assert all(torch.equal(p, theta[n]) for n, p in model.named_parameters())
