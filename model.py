@@ -185,8 +185,8 @@ def parameter_count(config, trust_remote_code: bool = False) -> int:
 # Loss and generation
 
 
-def token_loss(model, batch: dict) -> torch.Tensor:
-    """Summed cross-entropy (nats) over the batch's response tokens.
+def token_losses(model, batch: dict) -> torch.Tensor:
+    """[B]: cross-entropy (nats) summed over each row's response tokens.
 
     batch: input_ids and labels, each [B, T], padded on the right, so that causal attention never sees the padding and no mask is
     needed. Logits are computed from the first response token of the batch on (a multiple of 32, so that shapes repeat), and only
@@ -199,7 +199,13 @@ def token_loss(model, batch: dict) -> torch.Tensor:
     logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=keep).logits
     wanted, labels = wanted[:, length - keep :], labels[:, length - keep :]
     logits = logits[:, :-1][wanted]
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[wanted], reduction="sum")
+    losses = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[wanted], reduction="none")
+    return losses.new_zeros(len(labels)).index_add(0, wanted.nonzero()[:, 0], losses)
+
+
+def token_loss(model, batch: dict) -> torch.Tensor:
+    """token_losses summed over the batch."""
+    return token_losses(model, batch).sum()
 
 
 def learning_rate(step: int, steps: int, warmup_ratio: float) -> float:

@@ -23,11 +23,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import checker
 import data
 import fomaml
+import meta_lora
 import model as models
 from data import Encoded, Episode, Example
 
@@ -116,6 +116,13 @@ def small_model(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,7 +301,8 @@ RUN = ["--steps", "6", "--save-every", "2", "--eval-every", "3", "--eval-problem
 def final_weights(folder):
     from safetensors.torch import load_file
 
-    return load_file(folder / "checkpoint" / "model.safetensors")
+    (file,) = (folder / "checkpoint").glob("*model.safetensors")  # model.safetensors or adapter_model.safetensors
+    return load_file(file)
 
 
 def rows(folder, name="metrics.jsonl"):
@@ -302,10 +310,10 @@ def rows(folder, name="metrics.jsonl"):
     return [{k: v for k, v in json.loads(line).items() if k not in noise} for line in (folder / name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_kill_and_resume(ranks, tmp_path, small_model):
+@pytest.mark.parametrize("script,ranks", [("fomaml.py", 0), ("fomaml.py", 2), ("meta_lora.py", 0), ("meta_lora.py", 2)])
+def test_kill_and_resume(script, ranks, tmp_path, small_model):
     """SIGKILL in the middle, --resume: weights, metrics and evaluations equal the uninterrupted run's, bit for bit."""
-    common = ["fomaml.py", "--model", small_model, *RUN]
+    common = [script, "--model", small_model, *RUN]
     whole = run(*common, "--output-dir", tmp_path / "whole", ranks=ranks)
     assert whole.returncode == 0, whole.stderr[-3000:]
     assert "meta-trained" in whole.stdout and (tmp_path / "whole" / "curves.png").stat().st_size > 10_000
@@ -333,9 +341,22 @@ def test_kill_and_resume(ranks, tmp_path, small_model):
     assert rows(tmp_path / "whole", "evaluations.jsonl") == rows(cut, "evaluations.jsonl")
     other = run(*common, "--output-dir", cut, "--resume", "--inner-lr", "0.2") if not ranks else None
     assert other is None or (other.returncode == 2 and "--inner-lr" in other.stderr)
-    from transformers import AutoModelForCausalLM
+    if script == "fomaml.py":
+        from transformers import AutoModelForCausalLM
 
-    assert AutoModelForCausalLM.from_pretrained(cut / "checkpoint").num_parameters() > 0
+        assert AutoModelForCausalLM.from_pretrained(cut / "checkpoint").num_parameters() > 0
+
+
+def test_lora_two_ranks_equal_one(tmp_path, small_model):
+    """One round with the tasks split over two ranks and the base sharded equals one rank's."""
+    common = ["meta_lora.py", "--model", small_model, *RUN, "--steps", "1", "--dropout", "0", "--inner-optimizer", "sgd", "--inner-lr", "0.1", "--eval-every", "0"]
+    for ranks in (0, 2):
+        done = run(*common, "--output-dir", tmp_path / str(ranks), ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (final_weights(tmp_path / str(r)) for r in (0, 2))
+    metrics = [rows(tmp_path / str(r))[0] for r in (0, 2)]
+    assert metrics[0]["meta/grad_norm"] == pytest.approx(metrics[1]["meta/grad_norm"], rel=1e-5) and metrics[0]["meta/loss"] == pytest.approx(metrics[1]["meta/loss"], rel=1e-5)
+    assert all(torch.allclose(one[n], two[n], atol=3e-5) for n in one)
 
 
 def test_interrupt_saves(tmp_path, small_model):
@@ -361,6 +382,104 @@ def test_non_finite_steps(tmp_path, small_model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# MeTA-LoRA
+
+
+def lora_learner(model, tokens, **options):
+    """A learner on float64 adapters whose B is not zero, so that every gradient matters."""
+    settings = {"r": 3, "alpha": 6, "dropout": 0.0, "inner_steps": 3, "support_batch": 2, "inner_lr": 0.02, "inner_optimizer": "sgd"} | options
+    args = meta_lora.Args(**settings)
+    adapters = meta_lora.Adapters(model.requires_grad_(False), args, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    adapters.phi = [0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in adapters.phi]
+    return meta_lora.Learner(model, adapters, args, fomaml.World(torch.device("cpu")), 0, tokens)
+
+
+@pytest.mark.parametrize("options", [{}, {"inner_clip": 0.3}, {"inner_optimizer": "adam", "inner_lr": 0.003}], ids=["sgd", "clip", "adam"])
+def test_lora_batched_stage_one(options):
+    """All tasks in one forward equal task after task, whatever the chunk; the base is bitwise untouched."""
+    model = small_llama()
+    before = bits(model)
+    episodes, tokens = random_episodes(3, 6, 4)
+    learner = lora_learner(model, tokens, **options)
+    steps = [[e.support[k : k + 2] for e in episodes] for k in (0, 2, 4)]
+    learner.adapters.start(3)
+    history = learner.inner_loop(steps)  # [K, T]
+    together = [p.detach().clone() for p in learner.adapters.stack]
+    for i in range(3):
+        learner.adapters.start(1)
+        alone = learner.inner_loop([[batches[i]] for batches in steps])
+        torch.testing.assert_close(history[:, i], alone[:, 0], rtol=1e-9, atol=1e-10)
+        for a, b in zip(together, learner.adapters.stack, strict=True):
+            torch.testing.assert_close(a[i], b[0], rtol=1e-7, atol=1e-9)
+    whole, losses = meta_lora.meta_gradient(learner, episodes, "fomaml", 2, 3, measure_gain=True)
+    learner.args.tasks_per_forward = 1
+    chunked, same = meta_lora.meta_gradient(learner, episodes, "fomaml", 2, 3, measure_gain=True)
+    torch.testing.assert_close(losses, same)
+    for a, b in zip(whole, chunked, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("method,optimizer", [("fomaml", "sgd"), ("fomaml", "adam"), ("reptile", "sgd"), ("joint", "sgd")])
+def test_lora_meta_gradient(method, optimizer):
+    """Against an independent computation: adapters folded into the weights (W + scale B A), functional_call, torch.optim."""
+    model, lr = small_llama(), {"sgd": 0.02, "adam": 0.003}[optimizer]
+    episodes, tokens = random_episodes(3, 4, 2)
+    learner = lora_learner(model, tokens, inner_optimizer=optimizer, inner_lr=lr)
+    phi, layers = learner.adapters.phi, list(learner.adapters.layers)
+    plain = small_llama()  # the same weights, no hooks
+    weights = {n: p.detach() for n, p in plain.named_parameters()}
+
+    def folded(adapter):
+        return functional(plain, weights | {f"{n}.weight": weights[f"{n}.weight"] + 2.0 * adapter[2 * i + 1] @ adapter[2 * i] for i, n in enumerate(layers)})
+
+    expected = [torch.zeros_like(p) for p in phi]
+    for episode in episodes:
+        fast = [p.clone().requires_grad_() for p in phi]
+        opt = (torch.optim.Adam if optimizer == "adam" else torch.optim.SGD)(fast, lr=lr)
+        for rows in chunks(episode.support, 2) + ([episode.query] if method == "reptile" else []):
+            if method != "joint":
+                opt.zero_grad()
+                reference_loss(folded(fast), [tokens[e.id] for e in rows]).backward()
+                opt.step()
+        if method == "fomaml":
+            grads = torch.autograd.grad(reference_loss(folded(fast), [tokens[e.id] for e in episode.query]), fast)
+        else:
+            grads = [p.detach() - q for p, q in zip(fast, phi, strict=True)]
+        expected = [e + g / 3 for e, g in zip(expected, grads, strict=True)]
+    union = [tokens[e.id] for ep in episodes for e in ep.support + ep.query]
+    if method == "joint":
+        leaves = [p.clone().requires_grad_() for p in phi]
+        expected = torch.autograd.grad(reference_loss(folded(leaves), union), leaves)
+    got, _ = meta_lora.meta_gradient(learner, episodes, method, 2, 3, union_tokens=data.response_tokens(union))
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-9)
+
+
+def test_adapter_in_peft_and_merged(tmp_path, small_model, process_group):
+    """The saved adapter gives the same logits in peft; so do the merged weights in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    base = models.load_weights(str(small_model)).eval()
+    args = meta_lora.Args(model=str(small_model), r=4, alpha=6, rank_stabilised=True)
+    adapters = meta_lora.Adapters(base, args, torch.device("cpu"))
+    adapters.phi = [0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(adapters.phi)]
+    meta_lora.write_adapter(tmp_path, adapters, args)
+    _, tokenizer = models.load_config("tiny")
+    meta_lora.write_merged(tmp_path / "merged", base, adapters, tokenizer, torch.float32)
+    ids = torch.randint(3, 90, (2, 20))
+    adapters.start(1)
+    with torch.no_grad():
+        logits = base(ids).logits
+        plain = models.load_weights(str(small_model)).eval()
+        assert (plain(ids).logits - logits).abs().max() > 0.1
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits, logits, rtol=1e-4, atol=1e-4)
+        peft = pytest.importorskip("peft", reason="peft is not installed; .ci/run installs it for this test")
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(plain, tmp_path).eval()(ids).logits, logits, rtol=1e-5, atol=2e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Any Hugging Face causal language model
 
 
@@ -373,13 +492,6 @@ def random_config(family):
     return {"llama": lambda: t.LlamaConfig(**grouped), "qwen2": lambda: t.Qwen2Config(**grouped), "qwen3": lambda: t.Qwen3Config(**grouped, head_dim=16),
             "gemma3": lambda: t.Gemma3TextConfig(**grouped, head_dim=16, sliding_window=16), "mistral": lambda: t.MistralConfig(**grouped, sliding_window=16),
             "phi3": lambda: t.Phi3Config(**grouped), "olmo2": lambda: t.Olmo2Config(**grouped), "gpt_neox": lambda: t.GPTNeoXConfig(**common)}[family]()
-
-
-@pytest.fixture(scope="module")
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3", "olmo2", "gpt_neox"])
@@ -465,8 +577,7 @@ def test_cost_against_the_floor(process_group):
         for episode in episodes:
             for rows in [*chunks(episode.support, 4), episode.query]:
                 batch = data.collate([tokens[e.id] for e in rows], tokenizer.pad_token_id)
-                logits = bare(input_ids=batch["input_ids"], use_cache=False).logits
-                F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+                models.token_loss(bare, batch).backward()
                 bare.zero_grad()
         ratios.append(ours / (time.perf_counter() - start))
     ratios = sorted(ratios[2:])
