@@ -33,8 +33,8 @@ def score(model, items: list[tuple[int, Example]], tokens: dict[str, Encoded], t
                 out[i, 0] += models.token_loss(model, batch).double()
         if max_new_tokens and items:
             prompts = [tokens[e.id].ids[: tokens[e.id].prompt_length] for _, e in items]
-            answers = models.generate_greedy(model, prompts, template(tokenizer).stop, tokenizer.pad_token_id, max_new_tokens)
-            for (i, e), text in zip(items, tokenizer.batch_decode(answers), strict=True):
+            answers = models.sample(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0, stop=template(tokenizer).stop)
+            for (i, e), text in zip(items, tokenizer.batch_decode([s.answer for s in answers]), strict=True):
                 out[i, 1] += grade(text, e.answer)
 
 

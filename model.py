@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
 from data import DataError
 
@@ -234,42 +236,97 @@ def gathered(model):
         model.train(training)
 
 
+class Sample(NamedTuple):
+    ids: list[int]  # of the response, with the token that ended it if `finished`
+    logprobs: list[float]  # log pi(token), untempered, one for each id
+    finished: bool  # False: cut at max_new_tokens
+
+    @property
+    def answer(self) -> list[int]:
+        """The ids without the end token."""
+        return self.ids[:-1] if self.finished else self.ids
+
+
+def _uniform(seeds: torch.Tensor, t: int) -> torch.Tensor:
+    """[B] numbers in [0, 1), number t of the stream of each seed (splitmix64): a sequence's draws do not depend on its batch."""
+    z = seeds + torch.full_like(seeds, t + 1) * -0x61C8864680B583EB  # int64 arithmetic wraps
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    z = z ^ ((z >> 31) & 0x1FFFFFFFF)
+    return ((z >> 11) & 0x1FFFFFFFFFFFFF).double() / 2**53
+
+
+def _draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """[B] tokens from [B, V] logits by inverting the distribution function at u [B]; temperature 0 takes the largest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits / temperature).softmax(-1)
+    order = None
+    if top_p < 1:  # the smallest set of most likely tokens with at least that mass
+        probs, order = probs.sort(-1, descending=True)
+        probs = probs * (probs.cumsum(-1) - probs < top_p)
+    cumulative = probs.cumsum(-1)
+    token = torch.searchsorted(cumulative, (u.to(probs.dtype) * cumulative[:, -1])[:, None], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    return token if order is None else order.gather(1, token[:, None]).squeeze(1)
+
+
 @torch.no_grad()
-def generate_greedy(model, prompts: Sequence[Sequence[int]], stop: frozenset[int], pad_id: int, max_new_tokens: int,
-                    batch_size: int = 128) -> list[list[int]]:
-    """Greedy continuations (without the stop token) of token-id prompts; finished rows leave the batch and its cache."""
+def sample(model, tokenizer, prompts: Sequence[Sequence[int]], samples_per_prompt: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
+           top_p: float = 1.0, generator: torch.Generator | None = None, stop: frozenset[int] | None = None, batch_size: int = 128,
+           progress: str | None = None) -> list[Sample]:
+    """samples_per_prompt responses to each prompt (token ids), prompt by prompt.
+
+    A prompt is prefilled once and its cache repeated; finished rows leave the batch and its cache. Every sequence has its own random
+    stream, seeded by the generator, so batching changes results only where rounding decides a near-tie. stop: tokens that end a
+    response (default: the end-of-sequence token). progress: the title of a bar. Under FSDP2 call it within gathered(model).
+    """
     device = next(model.parameters()).device
-    stop_ids = torch.tensor(sorted(stop), device=device)
-    out: list[list[int]] = [[] for _ in prompts]
+    stop_ids = torch.tensor(sorted(stop or {tokenizer.eos_token_id}), device=device)
+    n = samples_per_prompt
+    seeds = torch.randint(-(2**62), 2**62, (len(prompts) * n,), generator=generator).to(device)
+    tokens = torch.zeros(len(prompts) * n, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(len(prompts) * n, max_new_tokens, device=device)
+    lengths = torch.full((len(prompts) * n,), max_new_tokens, device=device)
+    finished = torch.zeros(len(prompts) * n, dtype=torch.bool, device=device)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for at in range(0, len(order), batch_size):
-        rows = order[at : at + batch_size]
-        length = -(-max(len(prompts[i]) for i in rows) // 32) * 32
-        ids = torch.full((len(rows), length), pad_id, device=device)  # left-padded
+    size = max(1, batch_size // n)
+    bar = tqdm(total=len(prompts) * n, desc=progress, disable=progress is None, unit="response")
+    for at in range(0, len(order), size):
+        chosen = order[at : at + size]
+        length = -(-max(len(prompts[i]) for i in chosen) // 32) * 32
+        ids = torch.full((len(chosen), length), tokenizer.pad_token_id)  # left-padded
         mask = torch.zeros_like(ids)
-        for j, i in enumerate(rows):
-            ids[j, length - len(prompts[i]) :] = torch.tensor(prompts[i], device=device)
+        for j, i in enumerate(chosen):
+            ids[j, length - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[j, length - len(prompts[i]) :] = 1
+        ids, mask = ids.to(device), mask.to(device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
+        rows = (torch.tensor(chosen, device=device)[:, None] * n + torch.arange(n, device=device)).flatten()  # where the results go
         cache = None
-        for _ in range(max_new_tokens):
-            result = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = result.past_key_values
-            token = result.logits[:, -1].argmax(-1)  # [rows]
-            live = ~torch.isin(token, stop_ids)
-            for j, t in enumerate(token.tolist()):
-                if live[j]:
-                    out[rows[j]].append(t)
-            if not live.all():
-                index = live.nonzero().squeeze(1)
-                if len(index) == 0:
+        for t in range(max_new_tokens):
+            out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, logits, positions = out.past_key_values, out.logits[:, -1].float(), positions[:, -1:]
+            if t == 0 and n > 1:
+                cache.batch_repeat_interleave(n)
+                logits, positions, mask = (x.repeat_interleave(n, 0) for x in (logits, positions, mask))
+            token = _draw(logits, _uniform(seeds[rows], t), temperature, top_p)
+            tokens[rows, t] = token
+            logprobs[rows, t] = logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+            ended = torch.isin(token, stop_ids)
+            if ended.any():
+                finished[rows[ended]], lengths[rows[ended]] = True, t + 1
+                left = (~ended).nonzero().squeeze(1)
+                bar.update(len(rows) - len(left))
+                if len(left) == 0:
+                    rows = rows[left]
                     break
-                cache.batch_select_indices(index)
-                rows = [rows[j] for j in index.tolist()]
-                token, mask, positions = token[index], mask[index], positions[index]
-            ids, positions = token[:, None], positions[:, -1:] + 1
+                cache.batch_select_indices(left)
+                token, rows, mask, positions = token[left], rows[left], mask[left], positions[left]
+            ids, positions = token[:, None], positions + 1
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
-    return out
+        bar.update(len(rows))
+    bar.close()
+    return [Sample(ids[:k], p[:k], f) for ids, p, k, f in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,7 +583,6 @@ def tiny_config(vocab_size: int, tokenizer):
 def main(args: Args) -> None:
     import random
 
-    from tqdm import tqdm
     from transformers import LlamaForCausalLM
 
     from checker import grade
@@ -580,7 +636,7 @@ def main(args: Args) -> None:
     for heldout in (False, True):
         for name, test in embedded_examples(40, args.seed, "test", heldout).items():
             prompts = tokenizer([t.before + e.prompt + t.after for e in test], add_special_tokens=False)["input_ids"]
-            texts = tokenizer.batch_decode(generate_greedy(model, prompts, t.stop, tokenizer.pad_token_id, 96))
+            texts = tokenizer.batch_decode([s.answer for s in sample(model, tokenizer, prompts, max_new_tokens=96, temperature=0, stop=t.stop)])
             right = sum(grade(text, e.answer) for text, e in zip(texts, test, strict=True))
             table.append((name, heldout, right, len(test)))
             print(f"{name:45} {'held out' if heldout else '':8} {right:3}/{len(test)}")

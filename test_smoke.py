@@ -529,17 +529,44 @@ def test_any_causal_lm(family, process_group, tmp_path):
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_greedy_equals_generate():
-    """Our greedy loop and transformers' generate give the same tokens, prompts of different lengths in one batch."""
-    config, tokenizer = models.load_config("tiny")
-    model = models.load_weights("tiny").eval()
-    examples = [e for rows in data.embedded_examples(3, 1, "test", True).values() for e in rows]
+@pytest.fixture(scope="module")
+def tiny_and_prompts():
+    _, tokenizer = models.load_config("tiny")
     chat = data.template(tokenizer)
-    prompts = tokenizer([chat.before + e.prompt + chat.after for e in examples], add_special_tokens=False)["input_ids"]
-    ours = models.generate_greedy(model, prompts, chat.stop, tokenizer.pad_token_id, 40, batch_size=8)
+    examples = [e for rows in data.embedded_examples(3, 1, "test", True).values() for e in rows]
+    return models.load_weights("tiny").eval(), tokenizer, chat.stop, tokenizer([chat.before + e.prompt + chat.after for e in examples], add_special_tokens=False)["input_ids"]
+
+
+def test_greedy_equals_generate(tiny_and_prompts):
+    """Our sampler at temperature 0 and transformers' generate give the same tokens, prompts of different lengths in one batch."""
+    model, tokenizer, stop, prompts = tiny_and_prompts
+    ours = models.sample(model, tokenizer, prompts, max_new_tokens=40, temperature=0, stop=stop, batch_size=8)
     for prompt, got in zip(prompts, ours, strict=True):
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt) :].tolist()
-        assert got == [t for t in expected if t not in chat.stop]
+        assert got.ids == expected and got.finished == (expected[-1] in stop)
+
+
+def test_sampler(tiny_and_prompts):
+    """Log-probabilities equal a fresh forward's; the same tokens for a seed however the prompts are batched; the right distribution."""
+    model, tokenizer, stop, prompts = tiny_and_prompts
+    draw = lambda seed, **kw: models.sample(model, tokenizer, prompts[:6], 4, 24, generator=torch.Generator().manual_seed(seed), stop=stop, **kw)  # noqa: E731
+    one, other = draw(1, batch_size=8), draw(1, batch_size=64)
+    assert sum(a.ids == b.ids for a, b in zip(one, other, strict=True)) >= 23 and [a.ids for a in one] != [b.ids for b in draw(2)]
+    for i, s in enumerate(one):
+        prompt = prompts[i // 4]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + s.ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(s.ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(s.logprobs), expected, rtol=0, atol=1e-4)
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(40_000, 4)
+    u = models._uniform(torch.arange(40_000), 5)
+    assert abs(u.mean().item() - 0.5) < 0.01 and abs(torch.corrcoef(torch.stack([u, models._uniform(torch.arange(40_000), 6)]))[0, 1]) < 0.02
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
+        p = (logits[0] / temperature).softmax(-1)
+        if top_p < 1:
+            p = torch.tensor([0.0, p[1], p[2], 0.0]) / (p[1] + p[2])  # 0.24 + 0.64 reach 0.8
+        share = torch.bincount(models._draw(logits, u, temperature, top_p), minlength=4) / 40_000
+        torch.testing.assert_close(share, p, rtol=0, atol=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
