@@ -451,7 +451,8 @@ def convention_examples(kind: str, rule: int) -> list[Example]:
 # Files and the hub
 
 
-def _read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a .json, .jsonl, .jsonl.gz or .parquet file. Raises DataError."""
     try:
         if path.name.endswith(".parquet"):
             import pyarrow.parquet
@@ -514,7 +515,7 @@ def _local_rows(path: Path, task_column: str | None) -> tuple[list[tuple[str, Ex
         raise DataError(f"{path}: no {', '.join(SUFFIXES)} file")
     train, test = [], []
     for f in files:
-        (test if path.is_dir() and len(files) > 1 and f.name.startswith("test") else train).extend(_to_examples(_read_rows(f), str(f), task_column))
+        (test if path.is_dir() and len(files) > 1 and f.name.startswith("test") else train).extend(_to_examples(read_rows(f), str(f), task_column))
     return train, test
 
 
@@ -631,7 +632,7 @@ def _prepared_tasks(folder: Path, task_column: str | None) -> list[Task]:
         for f in (support_file, folder / "meta_train" / f"{stem}_query.parquet", folder / "few_shot_eval" / f"{stem}_test.parquet"):
             if not f.exists():
                 raise DataError(f"{folder}: {f.relative_to(folder)} is missing")
-            parts.append([e for _, e in _to_examples(_read_rows(f), str(f.relative_to(folder)), task_column)])
+            parts.append([e for _, e in _to_examples(read_rows(f), str(f.relative_to(folder)), task_column)])
         tasks.append(Task(parts[0][0].subject if len({e.subject for e in parts[0]}) == 1 and slug(parts[0][0].subject) == stem else stem, *parts))
     if not tasks:
         raise DataError(f"{folder / 'meta_train'}: no *_support.parquet file")
@@ -774,7 +775,7 @@ def validate(folder: Path) -> list[str]:
     for f in files:
         name = str(f.relative_to(folder))
         try:
-            rows = _read_rows(f)
+            rows = read_rows(f)
         except DataError as e:
             problems.append(str(e))
             continue

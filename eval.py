@@ -1,20 +1,35 @@
-"""Evaluation by adaptation (a task's test rows before and after adapting to its support rows), and the log of a meta-learning run."""
+r"""Evaluation: benchmark accuracy, the few-shot study, and what the training scripts measure and log.
+
+    python eval.py --model runs/fomaml/checkpoint --benchmark embedded                            # accuracy on all embedded test problems
+    python eval.py --model Qwen/Qwen2.5-Math-1.5B-Instruct --benchmark math500 --temperature 0.6 --samples 32      # avg@32, pass@k
+    torchrun --standalone --nproc_per_node 4 eval.py --model DIR --benchmark all_id               # problems split over ranks
+    python eval.py --model tiny runs/fomaml/checkpoint --few-shot 0 5 10 25 --seeds 3              # who learns faster from n examples?
+
+Every response goes to responses-RANK.jsonl of the output folder as it comes; a killed run continues from there, none lost, none twice.
+Results: results.json, results.md. Problems, not samples, are the unit of every interval.
+"""
 
 import json
 import math
+import os
 import random
 import sys
 import time
-from collections.abc import Callable
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import model as models
-from checker import grade
-from data import Encoded, Example, Task, collate, template
+from checker import extract_answer, grade, is_equal
+from data import DataError, Encoded, Example, Task, collate, embedded_examples, episode_tasks, load_tasks, read_rows, response_tokens, template
 
 
 def score(model, items: list[tuple[int, Example]], tokens: dict[str, Encoded], tokenizer, max_new_tokens: int, out: torch.Tensor) -> None:
@@ -162,5 +177,432 @@ class Log:
             print("\n" + results_table(base, trained))
         import plots
 
-        plots.training_curves([self.run], self.run / "curves.png")
+        plots.figure([self.run], self.run / "curves.png")
         print(f"\n{time.time() - start_time:.0f} s; model: {self.run / 'checkpoint'}; picture: {self.run / 'curves.png'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Unbiased estimate of P(at least one of k samples is right) from `right` of n (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% interval of a proportion."""
+    p, spread = right / n, z * math.sqrt(right / n * (1 - right / n) / n + z * z / (4 * n * n))
+    return (p + z * z / (2 * n) - spread) / (1 + z * z / n), (p + z * z / (2 * n) + spread) / (1 + z * z / n)
+
+
+def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 4000) -> tuple[float, float]:
+    """95% percentile interval of the mean, resampling the values (one for each problem). For a paired comparison give differences."""
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    means = np.concatenate([values[rng.integers(0, len(values), (100, len(values)))].mean(1) for _ in range(draws // 100)])
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value that two models are equally often right, from the problems that only one of them solves."""
+    n = only_first + only_second
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(only_first, only_second) + 1)) / 2**n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks
+
+
+class Problem(NamedTuple):
+    id: str
+    prompt: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    subject: str = ""
+    level: str = ""
+
+
+# name: (hub data set, configuration, split)
+HUB = {"math500": ("HuggingFaceH4/MATH-500", None, "test"), "aime24": ("HuggingFaceH4/aime_2024", None, "train"), "amc23": ("math-ai/amc23", None, "test"),
+       "minerva": ("math-ai/minervamath", None, "test"), "olympiadbench": ("math-ai/olympiadbench", None, "test"), "gsm8k": ("openai/gsm8k", "main", "test"),
+       "arc_c": ("allenai/ai2_arc", "ARC-Challenge", "test"), "gpqa_d": ("Idavidrein/gpqa", "gpqa_diamond", "train"), "mmlu_pro": ("TIGER-Lab/MMLU-Pro", None, "test")}
+GROUPS = {"all_id": ("aime24", "amc23", "math500", "minerva", "olympiadbench"), "all_ood": ("arc_c", "gpqa_d", "mmlu_pro")}
+SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+LETTER_SUFFIX = "\nPlease reason step by step, and put the letter of your final answer within \\boxed{}."
+
+
+def _problem(row: dict, where: str) -> Problem:
+    """A row of any of the benchmarks (hub columns or local files). Raises DataError naming the columns."""
+    lower = {k.lower(): v for k, v in row.items()}
+    prompt = lower.get("problem") or lower.get("question") or lower.get("prompt")
+    answer = next((lower[k] for k in ("answer", "answerkey", "final_answer", "correct answer", "solution") if lower.get(k) not in (None, "", [])), None)
+    choices = lower.get("choices") or lower.get("options") or ()
+    if isinstance(choices, dict):  # ARC: {"text": [...], "label": ["A", ...] or ["1", ...]}
+        answer, choices = "ABCDEFGHIJ"[choices["label"].index(answer)], choices["text"]
+    if "incorrect answer 1" in lower:  # GPQA: the right answer's place is a function of the question
+        choices = [lower[k] for k in ("correct answer", "incorrect answer 1", "incorrect answer 2", "incorrect answer 3")]
+        place = zlib.crc32(prompt.encode()) % 4
+        choices = choices[1 : place + 1] + choices[:1] + choices[place + 1 :]
+        answer = "ABCD"[place]
+    if isinstance(answer, list):
+        answer = ", ".join(answer)
+    if not isinstance(prompt, str) or answer is None:
+        raise DataError(f"{where}: needs problem (or question) and answer; found {', '.join(row)}")
+    answer = str(answer)
+    if "####" in answer:
+        answer = extract_answer(answer)
+    return Problem("", prompt, answer, tuple(map(str, choices)), str(lower.get("subject") or lower.get("category") or lower.get("type") or ""), str(lower.get("level") or ""))
+
+
+def load_benchmark(name: str, path: str | None, limit: int) -> list[Problem]:
+    """Problems of a benchmark from the hub, or of any name from a local file. GPQA is read at run time only and never stored."""
+    if name == "embedded":
+        rows = [e for held in (False, True) for es in embedded_examples(40, 42, "test", held).values() for e in es]
+        problems = [Problem("", e.prompt, e.answer, (), e.id.rsplit("/", 1)[0], str(e.level)) for e in rows]
+    elif path:
+        problems = [_problem(row, path) for row in read_rows(Path(path))]
+    else:
+        import datasets
+
+        source, config, split = HUB[name]
+        try:
+            rows = datasets.load_dataset(source, config, split=split)
+        except Exception as e:  # datasets and huggingface_hub raise many kinds; the user needs the one line
+            raise DataError(f"cannot load {source} from the hub: {str(e).splitlines()[0][:200]} (local files: --data PATH)") from None
+        problems = [_problem(row, source) for row in rows]
+    if not problems:
+        raise DataError(f"benchmark {name}: no problems")
+    if limit and limit < len(problems):  # evenly over the file
+        problems = [problems[i * len(problems) // limit] for i in range(limit)]
+    return [p._replace(id=f"{name}/{i}") for i, p in enumerate(problems)]
+
+
+def judge(response: str, problem: Problem) -> bool:
+    """Right or wrong; of multiple choice the letter counts, or the text of the choice."""
+    if not problem.choices:
+        return grade(response, problem.answer)
+    answer = extract_answer(response) or ""
+    text = problem.choices["ABCDEFGHIJ".index(problem.answer)]
+    return is_equal(answer, problem.answer) or is_equal(answer, text)
+
+
+def summarise(rows: list[dict], samples: int) -> dict:
+    """Accuracy (mean over samples: avg@k), pass@k, 95% interval over problems, by subject and level, lengths, truncated, unparsable."""
+    by_problem = defaultdict(list)
+    for r in rows:
+        by_problem[r["id"]].append(r)
+    means = [sum(r["right"] for r in rs) / len(rs) for rs in by_problem.values()]
+    low, high = wilson(int(sum(means)), len(means)) if samples == 1 else bootstrap(means)
+    result = {"problems": len(means), "samples": samples, "accuracy": sum(means) / len(means), "interval": [low, high],
+              "mean_tokens": sum(r["tokens"] for r in rows) / len(rows), "truncated": sum(not r["finished"] for r in rows) / len(rows),
+              "unparsable": sum(r["answer"] is None for r in rows) / len(rows)}
+    for k in (k for k in (2, 4, 8, 16, 32, 64) if k <= samples):
+        result[f"pass@{k}"] = sum(pass_at_k(len(rs), sum(r["right"] for r in rs), k) for rs in by_problem.values()) / len(means)
+    for key in ("subject", "level"):
+        groups = defaultdict(list)
+        for r in rows:
+            groups[r[key]].append(r["right"])
+        if len(groups) > 1:
+            result[key] = {g: [sum(v) / len(v), len(v) // samples] for g, v in sorted(groups.items())}
+    return result
+
+
+def run_benchmarks(args, names: Sequence[str], model_name: str, out: Path, rank: int, size: int, device: torch.device) -> dict:
+    """Sample, judge and write what is not in the output folder yet; returns {benchmark: summary} on rank 0."""
+    problems = {n: load_benchmark(n, args.data, args.limit) for n in names}
+    _, tokenizer = models.load_config(model_name, args.trust_remote_code)
+    done = {}
+    for file in out.glob("responses-*.jsonl"):
+        for line in file.read_text().splitlines():
+            if line.endswith("}") and (row := json.loads(line))["model"] == model_name:  # a kill may leave half a line
+                done[row["id"], row["sample"]] = row
+    chat, dtype = template(tokenizer), torch.bfloat16 if device.type == "cuda" else torch.float32
+    wanted = [(p, k) for ps in problems.values() for p in ps for k in range(args.samples)]
+    todo = sorted((w for w in wanted if (w[0].id, w[1]) not in done), key=lambda w: len(w[0].prompt))[rank::size]
+    _barrier()
+    if todo:
+        model = models.load_weights(model_name, dtype, args.trust_remote_code).to(device).eval()
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    right = sum(r["right"] for r in done.values())
+    bar = tqdm(total=len(wanted), initial=len(done), disable=rank != 0, desc="/".join(names), unit="response")
+    with open(out / f"responses-{rank}.jsonl", "a") as f:
+        if f.tell() and not (out / f"responses-{rank}.jsonl").read_text().endswith("\n"):
+            f.write("\n")
+        for at in range(0, len(todo), args.batch_size):
+            chunk = todo[at : at + args.batch_size]
+            texts = []
+            for p, _ in chunk:
+                listed = "".join(f"\n({letter}) {text}" for letter, text in zip("ABCDEFGHIJ", p.choices, strict=False))
+                suffix = args.suffix if args.suffix is not None else "" if p.id.startswith("embedded/") else LETTER_SUFFIX if p.choices else SUFFIX
+                texts.append(chat.before + p.prompt + listed + suffix + chat.after)
+            prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            tokens = max(1, min(args.max_length, limit - max(map(len, prompts))))
+            seeds = [zlib.crc32(f"{args.seed}/{p.id}/{k}".encode()) for p, k in chunk]  # whatever the chunk: a continued run draws the same
+            drawn = models.sample(model, tokenizer, prompts, 1, tokens, args.temperature, args.top_p, seeds=seeds, stop=chat.stop, batch_size=args.batch_size)
+            for (p, k), s in zip(chunk, drawn, strict=True):
+                text = tokenizer.decode(s.answer)
+                row = {"model": model_name, "id": p.id, "sample": k, "right": judge(text, p), "answer": extract_answer(text), "gold": p.answer, "subject": p.subject,
+                       "level": p.level, "tokens": len(s.ids), "finished": s.finished, "response": text}
+                done[p.id, k] = row
+                right += row["right"]
+                f.write(json.dumps(row) + "\n")
+            f.flush()
+            bar.update(len(chunk) * size)
+            bar.set_postfix(accuracy=f"{100 * right / max(1, len(done)):.1f}%")
+    bar.close()
+    _barrier()
+    rows = {}
+    for file in out.glob("responses-*.jsonl") if rank == 0 else ():
+        rows |= {(r["id"], r["sample"]): r for line in file.read_text().splitlines() if line.endswith("}") and (r := json.loads(line))["model"] == model_name}
+    return {n: summarise([rows[p.id, k] for p in ps for k in range(args.samples)], args.samples) for n, ps in problems.items()} if rank == 0 else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The few-shot study: adapt from the checkpoint on n examples of a task, measure on its test rows, restore
+
+
+def adapt(model, rows: list[Encoded], pad_id: int, optimizer: str, lr: float, steps: int, batch_size: int, seed: int, after: Callable[[int], None]) -> None:
+    """`steps` steps of AdamW or SGD on batches of `rows` (reshuffled at every pass); after(step) is called at 0 and after every step."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(params, lr=lr, weight_decay=0.0) if optimizer == "adam" else torch.optim.SGD(params, lr=lr)
+    rng, queue = random.Random(seed), []
+    after(0)
+    for step in range(1, steps + 1):
+        while len(queue) < min(batch_size, len(rows)):
+            queue += rng.sample(rows, len(rows))
+        batch, queue = queue[:batch_size], queue[batch_size:]
+        loss = models.token_loss(model, {k: v.to(params[0].device) for k, v in collate(batch, pad_id).items()}) / response_tokens(batch)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        after(step)
+    opt.zero_grad()
+
+
+CURVE = (0, 1, 2, 5, 10, 20, 50, 100, 200)  # adaptation steps at which the test loss is taken
+
+
+def few_shot(args, model_name: str, rank: int, size: int, device: torch.device) -> list[dict]:
+    """One row for each (task, n, seed): test loss and the problems solved; curves of the test loss over adaptation steps. All on rank 0."""
+    config, tokenizer = models.load_config(model_name, args.trust_remote_code)
+    tasks = load_tasks(args.data or "embedded", task_column=args.task_column, seed=args.seed)
+    if args.tasks:
+        if unknown := set(args.tasks) - {t.name for t in tasks}:
+            raise DataError(f"--tasks {', '.join(sorted(unknown))}: no such task; there are {', '.join(t.name for t in tasks)[:400]}")
+        tasks = [t for t in tasks if t.name in args.tasks]
+    _, evaluated, tokens, report = episode_tasks(tokenizer, tasks, 2048, max(args.few_shot), 0, 0)
+    if rank == 0:
+        print(report, flush=True)
+    model = models.load_weights(model_name, trust_remote_code=args.trust_remote_code).to(device)
+    if args.adapter:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
+    saved = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    chat = template(tokenizer)
+    units = [(t, n, s) for t in evaluated for n in sorted(args.few_shot) for s in range(args.seeds if n else 1)]
+    results = []
+    for task, n, seed in tqdm(units[rank::size], disable=rank != 0, desc=f"few-shot {Path(model_name).name or model_name}"):
+        test = [tokens[e.id] for e in task.test[: args.limit or None]]
+        curve = {}
+
+        def measure(step, test=test, curve=curve):
+            if step in CURVE or step == args.adapt_steps:
+                model.eval()
+                with torch.no_grad():
+                    parts = [models.token_loss(model, {k: v.to(device) for k, v in collate(test[i : i + 32], tokenizer.pad_token_id).items()}).item() for i in range(0, len(test), 32)]
+                curve[step] = sum(parts) / response_tokens(test)
+                model.train()
+
+        if n:
+            shots = [tokens[e.id] for e in random.Random(f"{args.seed}/{seed}/{task.name}").sample(task.support, max(args.few_shot))[:n]]  # nested: 5 are among the 10
+            adapt(model, shots, tokenizer.pad_token_id, args.adapt_optimizer, args.adapt_lr, args.adapt_steps, args.adapt_batch, seed, measure)
+        else:
+            measure(0)
+        model.eval()
+        answers = models.sample(model, tokenizer, [r.ids[: r.prompt_length] for r in test], max_new_tokens=args.max_length, temperature=0, stop=chat.stop)
+        texts = tokenizer.batch_decode([a.answer for a in answers])
+        right = [grade(text, e.answer) for text, e in zip(texts, task.test, strict=False)]
+        results.append({"model": model_name, "task": task.name, "shots": n, "seed": seed, "loss": curve[max(curve)], "curve": curve, "right": right})
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name in saved:
+                    p.copy_(saved[name])
+    gathered: list = [None] * size
+    if size > 1:
+        dist.all_gather_object(gathered, results)
+    else:
+        gathered = [results]
+    return [r for rs in gathered for r in rs]
+
+
+def compare_few_shot(rows: list[dict], names: Sequence[str]) -> tuple[list[dict], list[dict]]:
+    """(per model and n: mean and standard deviation over seeds of loss and accuracy, pooled over tasks; per pair of models and n, pooled
+    and by task: difference of accuracy with its paired bootstrap interval over problems, and McNemar's p-value on the first seed)."""
+    shots, tasks = sorted({r["shots"] for r in rows}), sorted({r["task"] for r in rows})
+    cell = {(r["model"], r["task"], r["shots"], r["seed"]): r for r in rows}
+    summary, pairs = [], []
+    for m in names:
+        for n in shots:
+            seeds = sorted({r["seed"] for r in rows if r["shots"] == n})
+            runs = [[cell[m, t, n, s] for t in tasks] for s in seeds]
+            accuracy = [sum(sum(r["right"]) for r in run) / sum(len(r["right"]) for r in run) for run in runs]
+            loss = [sum(r["loss"] for r in run) / len(run) for run in runs]
+            summary.append({"model": m, "shots": n, "seeds": len(seeds), "accuracy": float(np.mean(accuracy)), "accuracy_sd": float(np.std(accuracy, ddof=1)) if len(seeds) > 1 else 0.0,
+                            "loss": float(np.mean(loss)), "loss_sd": float(np.std(loss, ddof=1)) if len(seeds) > 1 else 0.0})
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            for n in shots:
+                seeds = sorted({r["seed"] for r in rows if r["shots"] == n})
+                for group in [tasks, *([t] for t in tasks)] if len(tasks) > 1 else [tasks]:
+                    # per problem: right for b minus right for a, mean over seeds
+                    d = np.concatenate([np.mean([np.subtract(cell[b, t, n, s]["right"], cell[a, t, n, s]["right"], dtype=float) for s in seeds], 0) for t in group])
+                    first = [(x, y) for t in group for x, y in zip(cell[a, t, n, seeds[0]]["right"], cell[b, t, n, seeds[0]]["right"], strict=True)]
+                    pairs.append({"first": a, "second": b, "shots": n, "task": "all" if group is tasks else group[0], "difference": float(d.mean()), "interval": list(bootstrap(d)),
+                                  "mcnemar": mcnemar(sum(x and not y for x, y in first), sum(y and not x for x, y in first))})
+    return summary, pairs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    """Benchmark accuracy, or with --few-shot the few-shot study, of one or several models."""
+
+    model: tuple[str, ...] = ("tiny",)
+    """tiny, local folders in Hugging Face format or hub names; several are measured one after the other and compared."""
+    adapter: str | None = None
+    """A LoRA adapter in PEFT's format for the few-shot study (pip install peft): only it is adapted."""
+    output_dir: str = "evals/run"
+    """responses-*.jsonl, results.json, results.md. A folder in use is continued; its settings must be the same."""
+    seed: int = 42
+    """Of samples, shots and splits."""
+    limit: int = 0
+    """Problems per benchmark (evenly over it) or test rows per task, 0 for all."""
+    batch_size: int = 64
+    """Responses generated together on a rank."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own code."""
+
+    # Benchmarks
+    benchmark: tuple[str, ...] = ("embedded",)
+    """embedded, math500, aime24, amc23, minerva, olympiadbench, gsm8k, arc_c, gpqa_d, mmlu_pro, all_id, all_ood; with --data a name of your choice."""
+    data: str | None = None
+    """A local file of the benchmark (.json, .jsonl, .jsonl.gz, .parquet: problem, answer, choices), or the tasks' data of the few-shot study."""
+    temperature: float = 0.6
+    """0: greedy."""
+    top_p: float = 1.0
+    """Nucleus."""
+    max_length: int = 8192
+    """Tokens of a response at most (cut to the model's context)."""
+    samples: int = 1
+    """Responses per problem."""
+    suffix: str | None = None
+    """Text after each problem; default: a request to reason and to box the answer (none for embedded)."""
+    check_overlap: str | None = None
+    """A training file: warn when it shares problems with the benchmark."""
+
+    # Few-shot study
+    few_shot: tuple[int, ...] = ()
+    """Numbers of examples n to adapt on."""
+    seeds: int = 3
+    """Draws of the examples."""
+    tasks: tuple[str, ...] = ()
+    """Default: the held-out tasks of the data, or all."""
+    task_column: str | None = None
+    """What makes a task (as in training)."""
+    adapt_optimizer: str = "adam"
+    """adam (AdamW without decay) or sgd, the inner optimizer of meta-training: report both."""
+    adapt_lr: float = 1e-4
+    """Its learning rate."""
+    adapt_steps: int = 20
+    """Its steps, the same for every n."""
+    adapt_batch: int = 4
+    """Rows per step."""
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _check(args: Args) -> list[str]:
+    """The benchmarks' names. Raises DataError for arguments that cannot work."""
+    models.check_positive(args, ("batch_size", "samples", "seeds", "max_length", "adapt_steps", "adapt_batch"), ("top_p", "adapt_lr"))
+    if args.temperature < 0 or args.top_p > 1:
+        raise DataError("--temperature must be 0 or more and --top-p at most 1")
+    if args.temperature == 0 and args.samples > 1:
+        raise DataError("--samples above 1 needs a --temperature above 0")
+    if args.adapt_optimizer not in ("adam", "sgd"):
+        raise DataError("--adapt-optimizer is adam or sgd")
+    if any(n < 0 for n in args.few_shot):
+        raise DataError("--few-shot takes numbers from 0 on")
+    names = [n for b in args.benchmark for n in GROUPS.get(b, (b,))]
+    if unknown := [n for n in names if n not in HUB and n != "embedded" and not args.data]:
+        raise DataError(f"--benchmark {', '.join(unknown)}: unknown; there are embedded, {', '.join([*HUB, *GROUPS])}, or any name with --data PATH")
+    return names
+
+
+def _warn_overlap(path: str, problems: list[Problem]) -> None:
+    normal = lambda s: " ".join(s.lower().split())  # noqa: E731
+    seen = {normal(str(row.get("problem") or row.get("prompt") or row.get("question") or "")) for row in read_rows(Path(path))}
+    if shared := [p.id for p in problems if normal(p.prompt) in seen]:
+        print(f"warning: {path} contains {len(shared)} of the {len(problems)} problems ({', '.join(shared[:3])} ...): the accuracy below is not held out", flush=True)
+
+
+def main(args: Args) -> int:
+    names = _check(args)
+    for m in args.model:
+        models.load_config(m, args.trust_remote_code)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if size > 1:
+        models.setup()
+    out = Path(args.output_dir)
+    settings = json.loads(json.dumps({k: v for k, v in asdict(args).items() if k not in ("output_dir", "batch_size", "check_overlap")}))
+    if (out / "args.json").exists() and (old := json.loads((out / "args.json").read_text())) != settings:
+        raise DataError(f"{out} holds results of other settings ({', '.join(k for k in settings if old.get(k) != settings[k])}): choose another --output-dir")
+    if args.check_overlap and rank == 0 and not args.few_shot:
+        _warn_overlap(args.check_overlap, [p for n in names for p in load_benchmark(n, args.data, args.limit)])
+    _barrier()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "args.json").write_text(json.dumps(settings))
+    lines, report = [], {"args": settings}
+    if args.few_shot:
+        rows = [r for m in args.model for r in few_shot(args, m, rank, size, device)]
+        if rank == 0:
+            summary, pairs = compare_few_shot(rows, args.model)
+            report |= {"few_shot": rows, "summary": summary, "pairs": pairs}
+            lines = ["| model | shots | accuracy | loss |", "|---|---|---|---|"]
+            lines += [f"| {s['model']} | {s['shots']} | {100 * s['accuracy']:.1f}% ± {100 * s['accuracy_sd']:.1f} | {s['loss']:.3f} ± {s['loss_sd']:.3f} |" for s in summary]
+            if pairs:
+                lines += ["", "| second - first | task | shots | difference of accuracy, 95% interval | McNemar p |", "|---|---|---|---|---|"]
+                lines += [f"| {p['second']} - {p['first']} | {p['task']} | {p['shots']} | {100 * p['difference']:+.1f} ({100 * p['interval'][0]:+.1f} to {100 * p['interval'][1]:+.1f}) | {p['mcnemar']:.2g} |"
+                          for p in pairs]
+    else:
+        report["benchmarks"] = {m: run_benchmarks(args, names, m, out, rank, size, device) for m in args.model}
+        lines = ["| model | benchmark | problems | accuracy, 95% interval | pass@k | mean tokens | truncated | unparsable |", "|---|---|---|---|---|---|---|---|"]
+        for m, results in report["benchmarks"].items():
+            for n, r in results.items():
+                passes = ", ".join(f"{k[5:]}: {100 * v:.1f}%" for k, v in r.items() if k.startswith("pass@")) or "-"
+                lines.append(f"| {m} | {n} | {r['problems']} x {r['samples']} | {100 * r['accuracy']:.1f}% ({100 * r['interval'][0]:.1f} to {100 * r['interval'][1]:.1f}) | {passes} "
+                             f"| {r['mean_tokens']:.0f} | {100 * r['truncated']:.1f}% | {100 * r['unparsable']:.1f}% |")
+    if rank == 0:
+        (out / "results.json").write_text(json.dumps(report))
+        (out / "results.md").write_text("\n".join(lines) + "\n")
+        print("\n".join(lines) + f"\n\n{out / 'results.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        sys.exit(main(tyro.cli(Args)))
+    except (DataError, models.ModelError, OSError) as e:
+        print(f"eval.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

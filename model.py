@@ -273,17 +273,17 @@ def _draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: floa
 @torch.no_grad()
 def sample(model, tokenizer, prompts: Sequence[Sequence[int]], samples_per_prompt: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
            top_p: float = 1.0, generator: torch.Generator | None = None, stop: frozenset[int] | None = None, batch_size: int = 128,
-           progress: str | None = None) -> list[Sample]:
+           progress: str | None = None, seeds: Sequence[int] | None = None) -> list[Sample]:
     """samples_per_prompt responses to each prompt (token ids), prompt by prompt.
 
     A prompt is prefilled once and its cache repeated; finished rows leave the batch and its cache. Every sequence has its own random
-    stream, seeded by the generator, so batching changes results only where rounding decides a near-tie. stop: tokens that end a
+    stream, seeded by the generator (or by `seeds`, one for each response), so batching changes results only where rounding decides a near-tie. stop: tokens that end a
     response (default: the end-of-sequence token). progress: the title of a bar. Under FSDP2 call it within gathered(model).
     """
     device = next(model.parameters()).device
     stop_ids = torch.tensor(sorted(stop or {tokenizer.eos_token_id}), device=device)
     n = samples_per_prompt
-    seeds = torch.randint(-(2**62), 2**62, (len(prompts) * n,), generator=generator).to(device)
+    seeds = torch.tensor(seeds, device=device) if seeds is not None else torch.randint(-(2**62), 2**62, (len(prompts) * n,), generator=generator).to(device)
     tokens = torch.zeros(len(prompts) * n, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(prompts) * n, max_new_tokens, device=device)
     lengths = torch.full((len(prompts) * n,), max_new_tokens, device=device)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 import checker
 import data
+import eval as evaluation
 import fomaml
 import meta_lora
 import model as models
@@ -1000,6 +1001,74 @@ def test_checker_golds():
         for other in rng.sample(golds, 3):
             accepted += checker.plain(checker.clean(other)) != checker.plain(checker.clean(g)) and checker.is_equal(other, g)
     assert accepted < 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_statistics():
+    """pass@k against all subsets, the bootstrap's coverage on simulated data, Wilson's and McNemar's known values."""
+    import itertools
+
+    for n, right, k in ((5, 2, 3), (6, 0, 2), (6, 5, 4), (8, 3, 1)):
+        outcomes = [1] * right + [0] * (n - right)
+        subsets = list(itertools.combinations(outcomes, k))
+        assert evaluation.pass_at_k(n, right, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
+    rng, covered = random.Random(0), 0
+    for i in range(200):
+        low, high = evaluation.bootstrap([rng.random() < 0.3 for _ in range(150)], seed=i, draws=400)
+        covered += low <= 0.3 <= high
+    assert 0.89 <= covered / 200 <= 0.99
+    assert evaluation.mcnemar(1, 8) == pytest.approx(0.0390625) and evaluation.mcnemar(3, 3) == 1.0 and evaluation.mcnemar(0, 0) == 1.0
+    assert evaluation.wilson(8, 10) == (pytest.approx(0.4901625, abs=1e-6), pytest.approx(0.9433178, abs=1e-6)) and evaluation.wilson(0, 10)[0] == pytest.approx(0, abs=1e-12)
+
+
+def test_judging_choices():
+    p = evaluation._problem({"question": "Which?", "choices": {"text": ["3", "4", "5", "6"], "label": ["1", "2", "3", "4"]}, "answerKey": "2"}, "arc")
+    assert p.answer == "B" and evaluation.judge(r"so \boxed{B}", p) and evaluation.judge(r"\boxed{4}", p) and evaluation.judge("The answer is (B) 4.", p) and not evaluation.judge(r"\boxed{C}", p)
+    g = evaluation._problem({"Question": "Which one?", "Correct Answer": "x", "Incorrect Answer 1": "a", "Incorrect Answer 2": "b", "Incorrect Answer 3": "c"}, "gpqa")
+    assert sorted(g.choices) == ["a", "b", "c", "x"] and g.choices["ABCD".index(g.answer)] == "x"
+    assert evaluation._problem({"question": "How many?", "answer": "6 + 1 = 7\n#### 7"}, "gsm8k").answer == "7"
+
+
+def test_benchmark_continues_after_a_kill(tmp_path, small_model):
+    """SIGKILL in the middle, the same command again: every response once, the same as those of an uninterrupted run."""
+    command = ["eval.py", "--model", small_model, "--benchmark", "embedded", "--limit", "60", "--max-length", "8", "--samples", "2", "--batch-size", "6", "--temperature", "1"]
+    whole = run(*command, "--output-dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    cut = tmp_path / "cut"
+    process = subprocess.Popen([sys.executable, *map(str, command), "--output-dir", str(cut)], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    responses = cut / "responses-0.jsonl"
+    deadline = time.time() + 100
+    while time.time() < deadline and not (responses.exists() and responses.read_text().count("\n") >= 12):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = responses.read_text()
+    responses.write_text(kept + '{"model": "half a li')
+    assert run(*command, "--output-dir", cut).returncode == 0
+    read = lambda folder: sorted((r["id"], r["sample"], r["response"]) for line in (folder / "responses-0.jsonl").read_text().splitlines() if line.endswith("}") for r in [json.loads(line)])  # noqa: E731
+    a, b = read(tmp_path / "whole"), read(cut)
+    assert len(a) == 120 and [x[:2] for x in a] == [x[:2] for x in b] and sum(x == y for x, y in zip(a, b, strict=True)) >= 118
+    assert run(*command, "--seed", "1", "--output-dir", cut).returncode == 2
+
+
+def test_few_shot_study(tmp_path, small_model, monkeypatch):
+    """Adaptation lowers the loss on the shots' task, weights are restored bit for bit, two equal models differ by nothing."""
+    kept = []
+    load = models.load_weights
+    monkeypatch.setattr(models, "load_weights", lambda *a, **k: kept.append(load(*a, **k)) or kept[-1])
+    args = evaluation.Args(model=(str(small_model),), few_shot=(0, 2, 6), seeds=2, tasks=("Geometry/third_angle",), adapt_lr=3e-3, adapt_steps=5, limit=8, max_length=4, output_dir=str(tmp_path / "study"))
+    args.model = (str(small_model), str(small_model) + "/")
+    assert evaluation.main(args) == 0
+    before = load(str(small_model)).state_dict()
+    assert all(torch.equal(v, before[n]) for model in kept for n, v in model.state_dict().items())
+    report = json.loads((tmp_path / "study" / "results.json").read_text())
+    assert {(r["shots"], r["seed"]) for r in report["few_shot"]} == {(0, 0), (2, 0), (2, 1), (6, 0), (6, 1)}
+    curve = next(r["curve"] for r in report["few_shot"] if r["shots"] == 6)
+    assert list(curve) == ["0", "1", "2", "5"] and curve["5"] < curve["0"]
+    assert all(p["difference"] == 0 and p["mcnemar"] == 1 for p in report["pairs"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
