@@ -116,9 +116,7 @@ def extract_answer(text: str) -> str | None:
         return answer
     if len(text) <= 200 and not PROSE.search(NO_PROSE.sub("", text)) and text.strip():
         return text.strip()  # nothing but mathematics
-    formula = None
-    for formula in FORMULA.finditer(tail):
-        pass
+    formula = max(FORMULA.finditer(tail), key=re.Match.end, default=None)
     after = tail[formula.end() :] if formula else tail
     numbers = list(NUMBER.finditer(after))
     if numbers and (not formula or re.fullmatch(r"[\s.!*]*", after[numbers[-1].end() :])):  # "... $x$ grows by 100%."

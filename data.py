@@ -5,8 +5,8 @@ are split into support (what the inner loop adapts on), query (what the meta-gra
 An *episode* is one visit to a task: fresh support rows for K inner steps and fresh query rows.
 
 Sources, one flag `--data`:
-    embedded       generated here from a seed: the 7 MATH subjects, 6 families each, 5 levels, worked solutions; one family of
-                   each subject is held out. No download.
+    embedded       generated here from a seed: the 7 MATH subjects, 6 families each, 5 levels, worked solutions. Tasks are the
+                   families that the tiny model was not pre-trained on; one of each subject is held out. No download.
     conventions    generated: each task hides a rule that its prompts do not tell (what a ∘ b means, a digit cipher), so nothing
                    but adaptation on the support rows can answer the query.
     hub            EleutherAI/hendrycks_math through `datasets`, all 7 configurations.
@@ -389,31 +389,31 @@ def box_surface(r, size):
             f"{a * b + b * c} + {a * c} = {s}, 2 \\cdot {s} = {2 * s}.", str(2 * s))
 
 
-# The last family of each subject is held out: neither the tiny model's pre-training nor meta-training sees it.
+# Of each subject the first three families are the tiny model's pre-training, the next two meta-training, the last one is held out: so
+# meta-training meets families that the model does not know yet, as evaluation will. (Meta-trained on families that it had been
+# pre-trained on, it learned nothing: there was nothing to adapt to.)
 FAMILIES = {
-    "Prealgebra": (add_and_subtract, order_of_operations, percent_of, fraction_sum, unit_price, average_of_three),
-    "Algebra": (linear_equation, evaluate_quadratic, sum_and_difference, expand_product, larger_root, slope),
-    "Intermediate Algebra": (remainder_theorem, geometric_term, logarithm, sum_of_squared_roots, arithmetic_series, composition),
-    "Precalculus": (degrees_to_radians, dot_product, determinant, complex_product, squared_length, matrix_times_vector),
-    "Number Theory": (division_remainder, common_divisor, common_multiple, divisor_count, base_conversion, units_digit),
-    "Counting & Probability": (arrangements, combinations, single_draw, outfits, multiples_up_to, two_draws),
-    "Geometry": (rectangle_perimeter, triangle_area, hypotenuse, sector_area, third_angle, box_surface),
+    "Prealgebra": (add_and_subtract, order_of_operations, unit_price, fraction_sum, percent_of, average_of_three),
+    "Algebra": (evaluate_quadratic, expand_product, larger_root, linear_equation, sum_and_difference, slope),
+    "Intermediate Algebra": (remainder_theorem, geometric_term, sum_of_squared_roots, logarithm, arithmetic_series, composition),
+    "Precalculus": (dot_product, complex_product, degrees_to_radians, determinant, squared_length, matrix_times_vector),
+    "Number Theory": (common_divisor, base_conversion, divisor_count, division_remainder, common_multiple, units_digit),
+    "Counting & Probability": (arrangements, combinations, outfits, single_draw, multiples_up_to, two_draws),
+    "Geometry": (triangle_area, hypotenuse, sector_area, rectangle_perimeter, third_angle, box_surface),
 }
-HELDOUT_FAMILIES = frozenset(families[-1].__name__ for families in FAMILIES.values())
+ROLES = {"pretraining": slice(0, 3), "training": slice(3, 5), "heldout": slice(5, 6)}
 
 
-def embedded_examples(per_family: int, seed: int, part: str, heldout: bool) -> dict[str, list[Example]]:
-    """Up to `per_family` distinct problems for each trained (or each held-out) family, keyed "Subject/family".
+def embedded_examples(per_family: int, seed: int, part: str, *roles: str) -> dict[str, list[Example]]:
+    """Up to `per_family` distinct problems for each family of the roles (all without), keyed "Subject/family".
 
     part: "train" or "test". A problem's part is a hash of its text, the same for every seed: what any run trains on (the tiny
     model's pre-training included) never contains a test problem. Families with few problems give as many as they have.
     """
     tasks = {}
     for subject, families in FAMILIES.items():
-        for family in families:
+        for family in [f for role in roles or ROLES for f in families[ROLES[role]]]:
             name = family.__name__
-            if (name in HELDOUT_FAMILIES) != heldout:
-                continue
             rng, seen, rows = random.Random(f"{seed}/{part}/{name}"), set(), []
             for draw in range(25 * per_family):
                 level = 1 + draw % 5
@@ -575,12 +575,14 @@ def load_tasks(data: str, *, task_column: str | None = None, heldout: Sequence[s
     if data == "embedded":
         if task_column not in (None, "family", "subject"):
             raise DataError(f"--task-column {task_column}: embedded problems are grouped by family or subject")
-        for held in (False, True):
-            train, test = (embedded_examples(n, seed, part, held) for n, part in ((max_samples or 200, "train"), (40, "test")))
-            if task_column == "subject" and not held:
+        share = support_ratio / (support_ratio + query_ratio)
+        for roles in (("training",), ("heldout",)):
+            if task_column == "subject" and roles == ("training",):
+                roles = ("pretraining", "training")
+            train, test = (embedded_examples(n, seed, part, *roles) for n, part in ((max_samples or 200, "train"), (40, "test")))
+            if len(roles) > 1:
                 train, test = ({s: [e for rows in part.values() for e in rows if e.subject == s] for s in FAMILIES} for part in (train, test))
-            share = support_ratio / (support_ratio + query_ratio)
-            tasks += [Task(name, *split(train[name], share, 1 - share, seed)[:2], test[name], held) for name in train]
+            tasks += [Task(name, *split(train[name], share, 1 - share, seed)[:2], test[name], roles == ("heldout",)) for name in train]
     elif data == "conventions":
         for kind in ("operation", "cipher"):
             tasks += [Task(f"{kind}-{i}", *split(convention_examples(kind, i), support_ratio, query_ratio, seed), heldout=i >= 480) for i in range(500)]
@@ -648,13 +650,22 @@ def sample_episode(tasks: Sequence[Task], seed: int, step: int, task_index: int,
     """One place of a meta-batch, a pure function of its arguments: resuming needs no data state.
 
     The meta-batch of a step is a random order of the tasks; replica r takes places r * per_replica ... of it, so that one replica
-    with all places sees what several replicas see together. Rows are drawn without replacement within an episode.
+    with all places sees what several replicas see together. Rows are drawn without replacement within an episode; a support set
+    smaller than support_size is gone through several times, in a new order each time.
     """
     place = replica * per_replica + task_index
     order = random.Random(f"{seed}/{step}/{place // len(tasks)}").sample(range(len(tasks)), len(tasks))
     task = tasks[order[place % len(tasks)]]
     rng = random.Random(f"{seed}/{step}/{place}/rows")
-    return Episode(task.name, rng.sample(task.support, support_size), rng.sample(task.query, query_size))
+    return Episode(task.name, draw_support(rng, task.support, support_size), rng.sample(task.query, query_size))
+
+
+def draw_support(rng: random.Random, rows: Sequence[Example], size: int) -> list[Example]:
+    """`size` rows in random order: without replacement, in several passes where there are fewer."""
+    out: list[Example] = []
+    while len(out) < size:
+        out += rng.sample(rows, min(len(rows), size - len(out)))
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -707,8 +718,9 @@ def encode(tokenizer, examples: Sequence[Example], max_length: int) -> tuple[dic
     return kept, len(rows) - len(kept)
 
 
-def episode_tasks(tokenizer, tasks: Sequence[Task], max_length: int, support: int, query: int, evaluated: int) -> tuple:
-    """(tasks to train on, tasks to evaluate on, {example.id: Encoded}, a line on what there is) for episodes of `support` and `query` rows.
+def episode_tasks(tokenizer, tasks: Sequence[Task], max_length: int, steps: int, support: int, query: int, evaluated: int) -> tuple:
+    """(tasks to train on, tasks to evaluate on, {example.id: Encoded}, a line on what there is) for episodes of `steps` times `support`
+    and `query` rows.
 
     Evaluated are the held-out tasks, or all where none is held out; at most `evaluated` of them (0: all), evenly over the list, so
     that every kind is there. Raises DataError for a task with too few rows.
@@ -718,10 +730,12 @@ def episode_tasks(tokenizer, tasks: Sequence[Task], max_length: int, support: in
     for t in tasks:
         if len(t.support) < support or (not t.heldout and len(t.query) < query) or not t.test:
             raise DataError(f"task {t.name} has {len(t.support)} support, {len(t.query)} query and {len(t.test)} test rows; it needs {support} "
-                            f"(--inner-steps x --support-batch), {query} and 1: lower these or change the ratios")
+                            f"(--support-batch), {query} (--query-batch) and 1: lower these or change the ratios")
     pool = [t for t in tasks if t.heldout] or tasks
     count = min(evaluated or len(pool), len(pool))
     report = f"{len(tasks)} tasks ({sum(t.heldout for t in tasks)} held out), {len(tokens)} sequences; {dropped} over {max_length} tokens left out"
+    if few := sum(len(t.support) < steps * support for t in tasks):
+        report += f"; {few} tasks have fewer than {steps} x {support} support rows and go through them more than once"
     return [t for t in tasks if not t.heldout], [pool[i * len(pool) // count] for i in range(count)], tokens, report
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import model as models
 from checker import extract_answer, grade, is_equal
-from data import DataError, Encoded, Example, Task, collate, embedded_examples, episode_tasks, load_tasks, read_rows, response_tokens, template
+from data import DataError, Encoded, Example, Task, collate, draw_support, embedded_examples, episode_tasks, load_tasks, read_rows, response_tokens, template
 
 
 def score(model, items: list[tuple[int, Example]], tokens: dict[str, Encoded], tokenizer, max_new_tokens: int, out: torch.Tensor) -> None:
@@ -68,7 +68,7 @@ def adaptation(model, tasks: list[Task], tokens: dict[str, Encoded], tokenizer, 
         if stop is not None and i % world.replicas == 0 and stop.agreed():
             return None
         if i % world.replicas == world.replica:
-            adapt(random.Random(f"{seed}/evaluation/{task.name}").sample(task.support, shots))
+            adapt(draw_support(random.Random(f"{seed}/evaluation/{task.name}"), task.support, shots))
             score(model, [(i, e) for e in tests[i][world.shard :: world.shards]], tokens, tokenizer, max_new_tokens, totals[:, 2:])
             restore()
     dist.all_reduce(totals)
@@ -257,7 +257,7 @@ def _problem(row: dict, where: str) -> Problem:
 def load_benchmark(name: str, path: str | None, limit: int) -> list[Problem]:
     """Problems of a benchmark from the hub, or of any name from a local file. GPQA is read at run time only and never stored."""
     if name == "embedded":
-        rows = [e for held in (False, True) for es in embedded_examples(40, 42, "test", held).values() for e in es]
+        rows = [e for es in embedded_examples(40, 42, "test").values() for e in es]
         problems = [Problem("", e.prompt, e.answer, (), e.id.rsplit("/", 1)[0], str(e.level)) for e in rows]
     elif path:
         problems = [_problem(row, path) for row in read_rows(Path(path))]
@@ -390,7 +390,7 @@ def few_shot(args, model_name: str, rank: int, size: int, device: torch.device) 
         if unknown := set(args.tasks) - {t.name for t in tasks}:
             raise DataError(f"--tasks {', '.join(sorted(unknown))}: no such task; there are {', '.join(t.name for t in tasks)[:400]}")
         tasks = [t for t in tasks if t.name in args.tasks]
-    _, evaluated, tokens, report = episode_tasks(tokenizer, tasks, 2048, max(args.few_shot), 0, 0)
+    _, evaluated, tokens, report = episode_tasks(tokenizer, tasks, 2048, 1, max(args.few_shot), 0, 0)
     if rank == 0:
         print(report, flush=True)
     model = models.load_weights(model_name, trust_remote_code=args.trust_remote_code).to(device)
@@ -539,6 +539,8 @@ def _check(args: Args) -> list[str]:
     if any(n < 0 for n in args.few_shot):
         raise DataError("--few-shot takes numbers from 0 on")
     names = [n for b in args.benchmark for n in GROUPS.get(b, (b,))]
+    if args.data and not args.few_shot and ("embedded" in names or len(names) > 1):
+        raise DataError("--data is the file of one benchmark: name it with --benchmark (math500, gsm8k, ... or a name of your choice)")
     if unknown := [n for n in names if n not in HUB and n != "embedded" and not args.data]:
         raise DataError(f"--benchmark {', '.join(unknown)}: unknown; there are embedded, {', '.join([*HUB, *GROUPS])}, or any name with --data PATH")
     return names
@@ -595,14 +597,19 @@ def main(args: Args) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def cli() -> int:
     import tyro
 
+    args = tyro.cli(Args)
     try:
-        sys.exit(main(tyro.cli(Args)))
+        return main(args)
     except (DataError, models.ModelError, OSError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -365,7 +365,7 @@ def prepare(args: Args, say) -> tuple:
     tasks, evaluated, tokens, report = episode_tasks(
         tokenizer, load_tasks(args.data, task_column=args.task_column, heldout=args.heldout_subjects, support_ratio=args.support_ratio,
                               query_ratio=args.query_ratio, seed=args.seed),
-        args.max_length, args.inner_steps * args.support_batch, args.query_batch, args.eval_tasks)
+        args.max_length, args.inner_steps, args.support_batch, args.query_batch, args.eval_tasks)
     say(report)
     return config, tokenizer, tasks, evaluated, tokens
 
@@ -405,7 +405,7 @@ def build(args: Args, config, world: World):
             block.compile()
     if args.meta_gradient != "maml":  # maml: one process, and functional_call wants plain tensors
         cuda = world.device.type == "cuda"
-        sharding = {"mesh": world.mesh["shard"], "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
+        sharding = {"mesh": world.mesh["shard"], "offload_policy": CPUOffloadPolicy(pin_memory=False) if args.cpu_offload else OffloadPolicy(),  # pinned: hooks would see half-copied gradients
                     "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else MixedPrecisionPolicy()}
         for block in blocks:
             fully_shard(block, **sharding)

@@ -334,7 +334,7 @@ def prepare(args: Args, say) -> tuple:
     tasks, evaluated, tokens, report = episode_tasks(
         tokenizer, load_tasks(args.data, task_column=args.task_column, heldout=args.heldout_subjects, support_ratio=args.support_ratio,
                               query_ratio=args.query_ratio, seed=args.seed),
-        args.max_length, args.inner_steps * args.support_batch, args.query_batch, args.eval_tasks)
+        args.max_length, args.inner_steps, args.support_batch, args.query_batch, args.eval_tasks)
     say(report)
     return config, tokenizer, tasks, evaluated, tokens
 

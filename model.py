@@ -541,10 +541,10 @@ class Args:
 
     output_dir: str = str(TINY)
     """Where the model is written (Hugging Face format, bf16)."""
-    steps: int = 8000
+    steps: int = 5000
     """Optimizer steps."""
     batch_size: int = 32
-    """Problems per step, drawn evenly from the trained families."""
+    """Problems per step, drawn evenly from the families of the pre-training."""
     lr: float = 5e-3
     """Peak learning rate of Muon (matrices); embeddings and norms: AdamW at 3e-3. 100 steps of warm-up, then linear to zero."""
     seed: int = 0
@@ -586,9 +586,9 @@ def main(args: Args) -> None:
     from transformers import LlamaForCausalLM
 
     from checker import grade
-    from data import collate, convention_examples, embedded_examples, encode, template
+    from data import FAMILIES, ROLES, collate, convention_examples, embedded_examples, encode, template
 
-    families = embedded_examples(4000, args.seed, "train", heldout=False)
+    families = embedded_examples(4000, args.seed, "train", "pretraining")
     rows = [e for family in families.values() for e in family]
     conventions = [e for kind in ("operation", "cipher") for i in range(10) for e in convention_examples(kind, i)]
     json_text = ['{"cards": ["A", "10", "K", "7"], "number": [1, 10, 10, 7], "formula": "(10-7)*(10-1)=24"}',
@@ -632,24 +632,20 @@ def main(args: Args) -> None:
 
     model.eval()
     t = template(tokenizer)
-    table = []
-    for heldout in (False, True):
-        for name, test in embedded_examples(40, args.seed, "test", heldout).items():
+    table = {}
+    for role in ROLES:
+        for name, test in embedded_examples(40, args.seed, "test", role).items():
             prompts = tokenizer([t.before + e.prompt + t.after for e in test], add_special_tokens=False)["input_ids"]
             texts = tokenizer.batch_decode([s.answer for s in sample(model, tokenizer, prompts, max_new_tokens=96, temperature=0, stop=t.stop)])
-            right = sum(grade(text, e.answer) for text, e in zip(texts, test, strict=True))
-            table.append((name, heldout, right, len(test)))
-            print(f"{name:45} {'held out' if heldout else '':8} {right:3}/{len(test)}")
-    lines = ["| subject | trained families | held-out family |", "|---|---|---|"]
-    for subject in sorted({name.split("/")[0] for name, *_ in table}) + [""]:
-        cells = []
-        for heldout in (False, True):
-            picked = [(r, n) for name, h, r, n in table if h == heldout and name.startswith(subject)]
-            cells.append(f"{100 * sum(r for r, _ in picked) / sum(n for _, n in picked):.0f}%")
-        lines.append(f"| {subject or 'all'} | {cells[0]} | {cells[1]} |")
+            table[role, name] = sum(grade(text, e.answer) for text, e in zip(texts, test, strict=True)), len(test)
+            print(f"{name:45} {role:12} {table[role, name][0]:3}/{len(test)}")
+    lines = [f"| subject | {' | '.join(ROLES)} |", "|---" * (1 + len(ROLES)) + "|"]
+    for subject in [*FAMILIES, ""]:
+        cells = [[v for (r, n), v in table.items() if r == role and n.startswith(subject)] for role in ROLES]
+        lines.append(f"| {subject or 'all'} | " + " | ".join(f"{100 * sum(r for r, _ in c) / sum(n for _, n in c):.0f}%" for c in cells) + " |")
     report = {"args": asdict(args) | {"output_dir": out.name}, "minutes": round((time.time() - start) / 60, 1),
               "loss": [round(sum(losses[i : i + 100]) / len(losses[i : i + 100]), 4) for i in range(0, len(losses), 100)],
-              "accuracy": {name: [r, n] for name, _, r, n in table}, "torch": torch.__version__}
+              "accuracy": {name: v for (_, name), v in table.items()}, "torch": torch.__version__}
     (out / "training.json").write_text(json.dumps(report, indent=1))
     print("\n".join(lines), f"\n{report['minutes']} minutes", flush=True)
 

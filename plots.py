@@ -205,8 +205,9 @@ class Args:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    if missing := [str(r) for r in args.runs if not read(r, "metrics.jsonl") and not (r / "results.json").exists()]:
-        print(f"plots.py: neither metrics.jsonl nor results.json in {', '.join(missing)}", file=sys.stderr)
+    missing = [str(r) for r in args.runs if not read(r, "metrics.jsonl") and not (r / "results.json").exists()]
+    if missing or not args.runs:
+        print(f"plots.py: neither metrics.jsonl nor results.json in {', '.join(missing)}" if missing else "plots.py: name at least one run or evaluation folder", file=sys.stderr)
         sys.exit(2)
     figure(args.runs, args.out, args.labels)
     print(args.out)

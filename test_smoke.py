@@ -534,7 +534,7 @@ def test_any_causal_lm(family, process_group, tmp_path):
 def tiny_and_prompts():
     _, tokenizer = models.load_config("tiny")
     chat = data.template(tokenizer)
-    examples = [e for rows in data.embedded_examples(3, 1, "test", True).values() for e in rows]
+    examples = [e for rows in data.embedded_examples(3, 1, "test", "heldout").values() for e in rows]
     return models.load_weights("tiny").eval(), tokenizer, chat.stop, tokenizer([chat.before + e.prompt + chat.after for e in examples], add_special_tokens=False)["input_ids"]
 
 
@@ -728,9 +728,9 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("heldout", [False, True])
-def test_embedded_answers(heldout):
-    families = data.embedded_examples(40, 7, "train", heldout) | {n + "/t": r for n, r in data.embedded_examples(20, 7, "test", heldout).items()}
+@pytest.mark.parametrize("role", data.ROLES)
+def test_embedded_answers(role):
+    families = data.embedded_examples(40, 7, "train", role) | {n + "/t": r for n, r in data.embedded_examples(20, 7, "test", role).items()}
     checked = 0
     for name, examples in families.items():
         family = name.split("/")[1]
@@ -750,14 +750,14 @@ def test_embedded_answers(heldout):
                 assert number(a) == CHECKS[family](e.prompt, v), (e.prompt, a)
                 assert ("\\pi" in a) == (family in ("degrees_to_radians", "sector_area"))
             checked += 1
-    assert checked > (300 if heldout else 1500)
+    assert checked > 300
     assert all(len({e.level for e in r}) == 5 for n, r in families.items() if not n.endswith("/t"))
 
 
 def test_embedded_solutions_are_true():
     """Every "= " in a worked solution that joins plain arithmetic holds."""
     checked = 0
-    for examples in data.embedded_examples(20, 3, "train", False).values():
+    for examples in data.embedded_examples(20, 3, "train").values():
         for e in examples:
             for clause in re.split(r"[,.] ", e.response.split("\\boxed")[0]):
                 sides = [s.strip(" .") for s in clause.replace("\\cdot", "*").split("=")]
@@ -771,11 +771,12 @@ def test_embedded_solutions_are_true():
 
 def test_embedded_splits():
     """No test problem is ever trained on, whatever the seeds; held-out families stay out."""
-    trained = {e.prompt for seed in (0, 1) for r in data.embedded_examples(500, seed, "train", False).values() for e in r}
-    tested = {e.prompt for seed in (5, 6) for r in data.embedded_examples(40, seed, "test", False).values() for e in r}
+    trained = {e.prompt for seed in (0, 1) for r in data.embedded_examples(500, seed, "train").values() for e in r}
+    tested = {e.prompt for seed in (5, 6) for r in data.embedded_examples(40, seed, "test").values() for e in r}
     assert trained and tested and not trained & tested
     tasks = data.load_tasks("embedded")
-    assert {t.name.split("/")[1] for t in tasks if t.heldout} == data.HELDOUT_FAMILIES and len(tasks) == 42
+    known = data.embedded_examples(1, 0, "train", "pretraining")
+    assert [t.heldout for t in tasks] == [False] * 14 + [True] * 7 and not {t.name for t in tasks} & set(known) and len(known) == 21
     assert data.load_tasks("embedded") == tasks
     by_subject = data.load_tasks("embedded", task_column="subject")
     assert [t.name for t in by_subject if not t.heldout] == list(data.FAMILIES)
@@ -1076,20 +1077,27 @@ def test_few_shot_study(tmp_path, small_model, monkeypatch):
 
 
 BAD = [(["--inner-steps", "0"], "--inner-steps must be at least 1"), (["--replicas", "2"], "--replicas 2 does not divide the 1 ranks"),
-       (["--data", "/no/such"], "no such file or folder"), (["--model", "/no/such"], "no such model folder"), (["--support-batch", "100"], "it needs 500"),
+       (["--data", "/no/such"], "no such file or folder"), (["--model", "/no/such"], "no such model folder"), (["--support-batch", "100"], "it needs 100"),
        (["--support-ratio", "0.7"], "sum to at most 1"), (["--heldout-subjects", "Topology"], "no such task or subject"),
        (["--task-column", "colour"], "grouped by family or subject"), (["--meta-gradient", "maml", "--micro-batch", "1"], "one process"),
        (["--max-length", "8"], "needs"), (["--inner-lr", "nan"], "positive number")]
 
 
+LORA_BAD = [(["--target-modules", "q_proj", "c_attn"], "c_attn: the model has no such linear layer; it has down_proj, gate_proj"), (["--dropout", "1"], "--dropout must be in [0, 1)"),
+            (["--r", "0"], "--r must be at least 1"), (["--model", "/no/such"], "no such model folder")]
+EVAL_BAD = [(["--benchmark", "nope"], "--benchmark nope: unknown; there are embedded, math500"), (["--samples", "4", "--temperature", "0"], "--samples above 1"), (["--benchmark", "mine", "--data", "/no/such.jsonl"], "cannot read"), (["--data", "x.jsonl"], "name it with --benchmark"),
+            (["--few-shot", "5", "--tasks", "Topology"], "no such task"), (["--model", "/no/such"], "no such model folder")]
+
+
 def test_bad_input(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(models, "load_weights", lambda *a, **k: pytest.fail("weights were read"))
-    for extra, message in BAD:
-        monkeypatch.setattr(sys, "argv", ["fomaml.py", *extra, "--output-dir", str(tmp_path / "never")])
-        assert fomaml.cli() == 2, extra
-        err = capsys.readouterr().err
-        assert message in err and err.count("\n") == 1, (extra, err)
-    assert not (tmp_path / "never").exists()
+    for script, cases in ((fomaml, BAD), (meta_lora, LORA_BAD), (evaluation, EVAL_BAD)):
+        for i, (extra, message) in enumerate(cases):
+            monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *extra, "--output-dir", str(tmp_path / f"{script.__name__}{i}")])
+            assert script.cli() == 2, extra
+            err = capsys.readouterr().err
+            assert message in err and err.count("\n") == 1, (extra, err)
+    assert not any(f.name != "args.json" for folder in tmp_path.iterdir() for f in folder.iterdir())
 
 
 def test_command_lines(tmp_path, small_model):
