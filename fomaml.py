@@ -405,7 +405,7 @@ def build(args: Args, config, world: World):
             block.compile()
     if args.meta_gradient != "maml":  # maml: one process, and functional_call wants plain tensors
         cuda = world.device.type == "cuda"
-        sharding = {"mesh": world.mesh["shard"], "offload_policy": CPUOffloadPolicy(pin_memory=False) if args.cpu_offload else OffloadPolicy(),  # pinned: hooks would see half-copied gradients
+        sharding = {"mesh": world.mesh["shard"], "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
                     "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else MixedPrecisionPolicy()}
         for block in blocks:
             fully_shard(block, **sharding)
