@@ -166,7 +166,7 @@ def clean(s: str) -> str:
     if not s.isascii():
         s = unicodedata.normalize("NFKC", re.sub(r"(?<=\d)(?=[\u00bd\u2153\u2154\u00bc\u00be])", " ", s.translate(TABLE)))
     if "\\\\" in s and "\\begin" not in s:
-        s = re.sub(r"\\\\(?=[A-Za-z({\[|,!;:])", r"\\", s)  # a doubled escape
+        s = re.sub(r"\\\\(?=[A-Za-z(){}\[\]|,!;:$%])", r"\\", s)  # a doubled escape
     if m := re.fullmatch(r"\\[(\[](.*)\\[)\]]\.?", s, re.S):
         s = m[1]
     s = re.sub(r"(?<=\d)(?:,\\!|\{,\}\\?!?|\\,|\\ )\s*(?=\d{3}(?!\d))", "", s)
@@ -284,6 +284,8 @@ class Parser:
             modulus = self.atom()
             self.take(")")
             return ("mod", *parts, modulus)
+        if ops and all(op[0] == ">" for op in ops):  # read from left to right: a < b < c
+            ops, parts = [op.replace(">", "<") for op in ops[::-1]], parts[::-1]
         return ("rel", tuple(ops), *parts) if ops else parts[0]
 
     def sets(self):
@@ -782,16 +784,16 @@ class Same:
 
     def regions(self, a, b) -> bool:
         names = [set(self.variables(x)) for x in (a, b)]
-        if not (names[0] == names[1] and names[0] or len(names[0]) + len(names[1]) == 1 or not names[0] and "rel" not in (a[0], b[0])):
-            return a[0] == b[0] == "rel" and self.inequality(a, b)
-        if any(symbols(t) for x in (a, b) for t in self.ends(x)):
-            if a[0] == b[0] and a[0] in ("union", "cap"):
-                return self.unordered(a[1:], b[1:])
-            if a[0] == b[0] == "rel":
-                return self.inequality(a, b)
-            x, y = (a, b) if b[0] == "tuple" else (b, a)  # a < x < b with letters
+        if a[0] == b[0] == "rel" and not (len(names[0]) == len(names[1]) == 1 and names[0] == names[1]):  # between expressions or several letters
+            return self.inequality(a, b) or a[1] == b[1] and len(a) == len(b) and all(map(self, a[2:], b[2:]))
+        if names[0] and names[1] and names[0] != names[1]:
+            return False
+        if max(map(len, names)) > 1 or any(symbols(t) for x in (a, b) for t in self.ends(x)):
+            if a[0] == b[0]:
+                return self.inequality(a, b) if a[0] == "rel" else a[0] in ("union", "cap") and self.unordered(a[1:], b[1:])
+            x, y = (a, b) if b[0] == "tuple" else (b, a)  # a < x < b
             return x[0] == "rel" and len(x) == 5 and set(x[1]) <= {"<", "<="} and y[0] == "tuple" and y[1:3] == (
-                "([" [x[1][0] == "<="], ")]"[x[1][1] == "<="]) and self(x[2], y[3]) and self(x[4], y[4])
+                "(["[x[1][0] == "<="], ")]"[x[1][1] == "<="]) and self(x[2], y[3]) and self(x[4], y[4])
         mp, value = _mp(), Value(self.budget, {})
         ends = sorted({v for x in (a, b) for t in self.ends(x) if isinstance(v := real(value(t)), mp.mpf)})
         finite = []
@@ -807,7 +809,7 @@ class Same:
     def variables(self, tree) -> list:
         """The unknowns of inequalities in the tree."""
         if tree[0] == "rel":
-            return [t for t in tree[2:] if name(t)][:1]
+            return [t for t in tree[2:] if name(t)]
         return [v for t in tree[1:] if isinstance(t, tuple) for v in self.variables(t)] if tree[0] in ("list", "union", "cap", "minus") else []
 
     def ends(self, tree) -> list:
@@ -888,7 +890,7 @@ class Same:
 # ---------------------------------------------------------------------------------------------------------------------
 # Equality of answers
 
-UNIT = re.compile(r"(?<=[\d})!.\]])\s*((?:\\deg|%|\\text\s*\{[^{}]*\}|\b(?:cm|mm|km|kg|ft|mi|lbs?|hrs?|mph|[mMgsL](?=$))\b|(?<![A-Za-z\\])(?!and\b|or\b|pi\b|sqrt|sin|cos|tan|log)[A-Za-z]{3,}\b|[/. ]|\^\{?[23]\}?)+)$")
+UNIT = re.compile(r"(?:(?<=[\d})!.\]])|(?<=\\pi))\s*((?:\\deg|%|\\text\s*\{[^{}]*\}|\b(?:cm|mm|km|kg|ft|mi|lbs?|hrs?|mph|[mMgsL](?=$))\b|(?<![A-Za-z\\])(?!and\b|or\b|pi\b|sqrt|sin|cos|tan|log)[A-Za-z]{3,}\b|[/. ]|\^\{?[23]\}?)+)$")
 UNIT_WORDS = [(re.compile(a), b) for a, b in ((r"meters?|metres?", "m"), (r"centim", "cm"), (r"seconds?|sec\b", "s"), (r"hours?|hrs?\b", "h"), (r"minutes?|mins?\b", "min"), (r"\bper\b", "/"),
                                              (r"squared?|sq", "^2"), (r"inch(?:es)?", "in"), (r"f(?:ee|oo)t", "ft"), (r"(?<=[a-z]{3})s\b", ""), (r"[\s{}.]|text|\\", ""))]
 
@@ -908,7 +910,7 @@ def split_unit(s: str) -> tuple[str, str]:
 
 def _choice(s: str) -> str | None:
     """The letter of "(C)", "C", "C.", "(C) 12"."""
-    m = re.match(r"\(?([A-J])(?:\)|[.:](?=\s|$)|$)(?!\s*[-+*/^=(])", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", s).strip())
+    m = re.match(r"\(?([A-J])(?:\)|[.:](?=\s|$)|$)(?!\s*(?:[-+*/^=(,&]|and\b|or\b))", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", s).strip())
     return m[1] if m else None
 
 
