@@ -342,8 +342,7 @@ class Parser:
         tree = self.atom()
         while True:
             if self.take("^"):
-                exponent = ("neg", self.atom()) if self.take("-") else self.atom()
-                tree = ("pow", tree, exponent)
+                tree = ("pow", tree, self.exponent())
             elif self.take("!"):
                 tree = ("fun", "factorial", tree)
             elif self.take("%"):
@@ -354,6 +353,11 @@ class Parser:
                 tree = ("sym", f"{tree}'")
             else:
                 return tree
+
+    def exponent(self):
+        """2^{3^2} also where it is written 2^3^2."""
+        tree = ("neg", self.atom()) if self.take("-") else self.atom()
+        return ("pow", tree, self.exponent()) if self.take("^") else tree
 
     def group(self):
         """{...} or one token: the argument of \\frac, \\sqrt, ^, _."""

@@ -403,8 +403,9 @@ def build(args: Args, config, world: World):
     if args.compile:
         for block in blocks:
             block.compile()
-    if args.meta_gradient != "maml":  # maml: one process, and functional_call wants plain tensors
-        cuda = world.device.type == "cuda"
+    cuda = world.device.type == "cuda"
+    # One CPU rank has nothing to shard or cast, and FSDP's hooks cost a small model half its speed; maml's functional_call wants plain tensors.
+    if (cuda or world.shards > 1) and args.meta_gradient != "maml":
         sharding = {"mesh": world.mesh["shard"], "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
                     "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else MixedPrecisionPolicy()}
         for block in blocks:

@@ -34,7 +34,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 import eval as evaluation
@@ -369,9 +369,10 @@ def build(args: Args, config, world: World):
     model = models.skeleton(config, dtype, trust_remote_code=args.trust_remote_code).requires_grad_(False)
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for block in models.layers_to_shard(model):
-        fully_shard(block, mesh=world.mesh["shard"], mp_policy=MixedPrecisionPolicy())
-    fully_shard(model, mesh=world.mesh["shard"], mp_policy=MixedPrecisionPolicy())
+    if world.size > 1:
+        for block in models.layers_to_shard(model):
+            fully_shard(block, mesh=world.mesh["shard"])
+        fully_shard(model, mesh=world.mesh["shard"])
     models.materialize(model, source, world.device)
     return model.train()
 
