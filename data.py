@@ -5,7 +5,7 @@ are split into support (what the inner loop adapts on), query (what the meta-gra
 An *episode* is one visit to a task: fresh support rows for K inner steps and fresh query rows.
 
 Sources, one flag `--data`:
-    embedded       generated here from a seed: the 7 MATH subjects, 6 families each, 5 levels, worked solutions. Tasks are the
+    embedded       generated here from a seed: the 7 MATH subjects, 8 families each, 5 levels, worked solutions. Tasks are the
                    families that the tiny model was not pre-trained on; one of each subject is held out. No download.
     conventions    generated: each task hides a rule that its prompts do not tell (what a ∘ b means, a digit cipher), so nothing
                    but adaptation on the support rows can answer the query.
@@ -389,19 +389,94 @@ def box_surface(r, size):
             f"{a * b + b * c} + {a * c} = {s}, 2 \\cdot {s} = {2 * s}.", str(2 * s))
 
 
-# Of each subject the first three families are the tiny model's pre-training, the next two meta-training, the last one is held out: so
+# Families of meta-training only
+def missing_addend(r, size):
+    a, b = r.randint(2, 12 * size), r.randint(2, 9 * size)
+    return f"What number added to ${a}$ gives ${a + b}$?", f"{a + b} - {a} = {b}.", str(b)
+
+
+def difference_of_products(r, size):
+    a, b, c, d = (r.randint(2, 4 + size) for _ in range(4))
+    return f"Compute ${a} \\cdot {b} - {c} \\cdot {d}$.", f"{a} \\cdot {b} = {a * b}, {c} \\cdot {d} = {c * d}, {a * b} - {c * d} = {a * b - c * d}.", str(a * b - c * d)
+
+
+def two_step_equation(r, size):
+    a, b, d = r.randint(2, 4 + size), r.randint(1, 6 * size), r.randint(1, 4 + size)
+    return f"Solve $\\frac{{x}}{{{a}}} + {b} = {d + b}$ for $x$.", f"{d + b} - {b} = {d}, {a} \\cdot {d} = {a * d}.", str(a * d)
+
+
+def value_of_expression(r, size):
+    a, b, p, q = r.randint(2, 4 + size), r.randint(2, 4 + size), r.randint(2, 5), r.randint(2, 5)
+    return f"If $a = {a}$ and $b = {b}$, what is ${p}a + {q}b$?", f"{p} \\cdot {a} = {p * a}, {q} \\cdot {b} = {q * b}, {p * a} + {q * b} = {p * a + q * b}.", str(p * a + q * b)
+
+
+def function_sum(r, size):
+    a, b, k, m = r.randint(2, 3 + size), r.randint(1, 4 * size), r.randint(1, 3 + size), r.randint(1, 3 + size)
+    f, g = a * k + b, a * m + b
+    return f"If $f(x) = {a}x + {b}$, what is $f({k}) + f({m})$?", f"{a} \\cdot {k} = {a * k}, {a * k} + {b} = {f}, {a} \\cdot {m} = {a * m}, {a * m} + {b} = {g}, {f} + {g} = {f + g}.", str(f + g)
+
+
+def arithmetic_term(r, size):
+    a, d, n = r.randint(1, 4 * size), r.randint(1, 2 + size), r.randint(3, 6 + size)
+    return (f"What is term {n} of the arithmetic sequence ${a}, {a + d}, \\ldots$?",
+            f"{n - 1} \\cdot {d} = {(n - 1) * d}, {a} + {(n - 1) * d} = {a + (n - 1) * d}.", str(a + (n - 1) * d))
+
+
+def vector_sum(r, size):
+    a, b, c, d = (_nonzero(r, 4 * size) for _ in range(4))
+    return f"Compute $({a}, {b}) + ({c}, {d})$.", f"{a} + {c} = {a + c}, {b} + {d} = {b + d}.", f"({a + c}, {b + d})"
+
+
+def scaled_vector(r, size):
+    k, a, b, c, d = r.randint(2, 3 + size), r.randint(1, 3 + size), r.randint(1, 3 + size), r.randint(1, 4 * size), r.randint(1, 4 * size)
+    return f"Compute ${k}({a}, {b}) + ({c}, {d})$.", f"{k} \\cdot {a} + {c} = {k * a} + {c} = {k * a + c}, {k} \\cdot {b} + {d} = {k * b} + {d} = {k * b + d}.", f"({k * a + c}, {k * b + d})"
+
+
+def digit_sum(r, size):
+    a, b, c = r.randint(1, 9), r.randint(0, 9), r.randint(0, 9)
+    return f"What is the sum of the digits of ${a}{b}{c}$?", f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}.", str(a + b + c)
+
+
+def next_multiple(r, size):
+    k, n = r.randint(3, 5 + size), r.randint(4, 15 * size + 5)
+    q = n // k
+    return f"What is the smallest multiple of ${k}$ greater than ${n}$?", f"{n} = {q} \\cdot {k} + {n % k}, {q + 1} \\cdot {k} = {(q + 1) * k}.", str((q + 1) * k)
+
+
+def other_color(r, size):
+    a, b = r.randint(1, 3 + 3 * size), r.randint(1, 3 + 3 * size)
+    return f"A bag holds {a} red and {b} blue marbles. One is drawn. What is the probability that it is not red?", f"{a} + {b} = {a + b}.", _fraction(b, a + b)
+
+
+def two_menus(r, size):
+    a, b, c, d = (r.randint(2, 4 + size) for _ in range(4))
+    return (f"One menu has {a} soups and {b} mains, another {c} soups and {d} mains. How many meals of one menu are there?",
+            f"{a} \\cdot {b} = {a * b}, {c} \\cdot {d} = {c * d}, {a * b} + {c * d} = {a * b + c * d}.", str(a * b + c * d))
+
+
+def box_volume(r, size):
+    a, b, c = (r.randint(2, 3 + size) for _ in range(3))
+    return f"What is the volume of a box with sides ${a}$, ${b}$ and ${c}$?", f"{a} \\cdot {b} = {a * b}, {a * b} \\cdot {c} = {a * b * c}.", str(a * b * c)
+
+
+def missing_side(r, size):
+    a, b = r.randint(1, 7 * size), r.randint(1, 7 * size)
+    return f"The perimeter of a rectangle is ${2 * (a + b)}$ and one side is ${a}$. What is the other side?", f"{2 * (a + b)} / 2 = {a + b}, {a + b} - {a} = {b}.", str(b)
+
+
+# Of each subject the first five families are the tiny model's pre-training, the next two meta-training, the last one is held out: so
 # meta-training meets families that the model does not know yet, as evaluation will. (Meta-trained on families that it had been
 # pre-trained on, it learned nothing: there was nothing to adapt to.)
 FAMILIES = {
-    "Prealgebra": (add_and_subtract, order_of_operations, unit_price, fraction_sum, percent_of, average_of_three),
-    "Algebra": (evaluate_quadratic, expand_product, larger_root, linear_equation, sum_and_difference, slope),
-    "Intermediate Algebra": (remainder_theorem, geometric_term, sum_of_squared_roots, logarithm, arithmetic_series, composition),
-    "Precalculus": (dot_product, complex_product, degrees_to_radians, determinant, squared_length, matrix_times_vector),
-    "Number Theory": (common_divisor, base_conversion, divisor_count, division_remainder, common_multiple, units_digit),
-    "Counting & Probability": (arrangements, combinations, outfits, single_draw, multiples_up_to, two_draws),
-    "Geometry": (triangle_area, hypotenuse, sector_area, rectangle_perimeter, third_angle, box_surface),
+    "Prealgebra": (add_and_subtract, order_of_operations, percent_of, fraction_sum, unit_price, missing_addend, difference_of_products, average_of_three),
+    "Algebra": (linear_equation, evaluate_quadratic, sum_and_difference, expand_product, larger_root, two_step_equation, value_of_expression, slope),
+    "Intermediate Algebra": (remainder_theorem, geometric_term, logarithm, sum_of_squared_roots, arithmetic_series, function_sum, arithmetic_term, composition),
+    "Precalculus": (degrees_to_radians, dot_product, determinant, complex_product, squared_length, vector_sum, scaled_vector, matrix_times_vector),
+    "Number Theory": (division_remainder, common_divisor, common_multiple, divisor_count, base_conversion, digit_sum, next_multiple, units_digit),
+    "Counting & Probability": (arrangements, combinations, single_draw, outfits, multiples_up_to, other_color, two_menus, two_draws),
+    "Geometry": (rectangle_perimeter, triangle_area, hypotenuse, sector_area, third_angle, box_volume, missing_side, box_surface),
 }
-ROLES = {"pretraining": slice(0, 3), "training": slice(3, 5), "heldout": slice(5, 6)}
+ROLES = {"pretraining": slice(0, 5), "training": slice(5, 7), "heldout": slice(7, 8)}
 
 
 def embedded_examples(per_family: int, seed: int, part: str, *roles: str) -> dict[str, list[Example]]:

@@ -44,7 +44,7 @@ class Args:
 
     # What is trained, on what
     model: str = "tiny"
-    """tiny (embedded, 2M parameters), a local folder in Hugging Face format, or a hub name."""
+    """tiny (embedded, 1.2M parameters), a local folder in Hugging Face format, or a hub name."""
     data: str = "embedded"
     """embedded, conventions (hidden rules), hub (EleutherAI/hendrycks_math), or a file or folder; see data.py."""
     task_column: str | None = None
@@ -66,8 +66,8 @@ class Args:
     meta_gradient: Literal["fomaml", "reptile", "maml", "joint"] = "fomaml"
     """fomaml; reptile (theta += epsilon mean(theta_i - theta), K+1 inner steps); maml (exact second order, one process);
     joint (no inner loop, one AdamW step on all rows of the meta-batch)."""
-    inner_steps: int = 5
-    """K, inner steps per task."""
+    inner_steps: int = 10
+    """K, inner steps per task (reference setting: 5)."""
     inner_lr: float = 0.1
     """alpha. Check that it adapts: 0.1 suits the tiny model, 1e-2 SmolLM2-135M, 1e-4 (the reference setting) moves nothing with SGD."""
     inner_optimizer: Literal["sgd", "adam"] = "sgd"
@@ -80,7 +80,7 @@ class Args:
     """Rows of the query loss."""
     tasks_per_step: int = 4
     """T, the meta-batch, over all replicas."""
-    steps: int = 100
+    steps: int = 80
     """Meta-steps."""
     outer_lr: float = 1e-3
     """Peak learning rate of AdamW on theta (reference setting for 4B models: 3e-5)."""
@@ -96,7 +96,7 @@ class Args:
     """Reptile's step towards the adapted weights (its schedule is the learning rate's)."""
 
     # Evaluation, logging, checkpoints
-    eval_every: int = 50
+    eval_every: int = 40
     """Meta-steps between evaluations; also before the first and after the last. 0: only those two; -1: none."""
     eval_problems: int = 24
     """Test problems per task."""
@@ -106,7 +106,7 @@ class Args:
     """Length of greedy answers; 0 leaves accuracy out."""
     gain_every: int = 10
     """Steps between measurements of the query loss before adaptation (one more forward per task)."""
-    save_every: int = 50
+    save_every: int = 40
     """Meta-steps between checkpoints; also at the end and on Ctrl-C or SIGTERM."""
     keep: int = 5
     """Checkpoints kept."""

@@ -541,7 +541,7 @@ class Args:
 
     output_dir: str = str(TINY)
     """Where the model is written (Hugging Face format, bf16)."""
-    steps: int = 5000
+    steps: int = 8000
     """Optimizer steps."""
     batch_size: int = 32
     """Problems per step, drawn evenly from the families of the pre-training."""

@@ -724,6 +724,18 @@ CHECKS = {
     "hypotenuse": lambda p, v: math.isqrt(v[0] ** 2 + v[1] ** 2),
     "sector_area": lambda p, v: Fraction(v[0] ** 2, v[1]),
     "third_angle": lambda p, v: 180 - sum(v),
+    "missing_addend": lambda p, v: next(x for x in range(200) if v[0] + x == v[1]),
+    "difference_of_products": lambda p, v: sum(v[0] for _ in range(v[1])) - sum(v[2] for _ in range(v[3])),
+    "two_step_equation": lambda p, v: next(x for x in range(200) if Fraction(x, int(re.search(r"\{x\}\{(\d+)\}", p)[1])) + v[1] == v[2]),
+    "value_of_expression": lambda p, v: expression(re.search(r"is \$(.*)\$", p)[1]).subs({"a": v[0], "b": v[1]}),
+    "function_sum": lambda p, v: sum(expression(re.search(r"f\(x\) = (.*?)\$", p)[1]).subs("x", x) for x in v[-2:]),
+    "arithmetic_term": lambda p, v: [v[1] + i * (v[2] - v[1]) for i in range(v[0])][-1],
+    "digit_sum": lambda p, v: sum(map(int, str(v[0]))),
+    "next_multiple": lambda p, v: next(m for m in range(v[1] + 1, v[1] + v[0] + 1) if m % v[0] == 0),
+    "other_color": lambda p, v: 1 - Fraction(v[0], v[0] + v[1]),
+    "two_menus": lambda p, v: sum(1 for _ in range(v[0]) for _ in range(v[1])) + v[2] * v[3],
+    "box_volume": lambda p, v: len(list(__import__("itertools").product(*map(range, v)))),
+    "missing_side": lambda p, v: next(x for x in range(200) if x + x + v[1] + v[1] == v[0]),
     "box_surface": lambda p, v: sum(2 * a * b for a, b in __import__("itertools").combinations(v, 2)),
 }
 
@@ -741,6 +753,9 @@ def test_embedded_answers(role):
                 assert expression(a) == expression(re.search(r"\$(.*)\$", e.prompt)[1].replace(")(", ")*("))
             elif family == "complex_product":
                 assert expression(a) == expression(re.search(r"\$(.*)\$", e.prompt)[1].replace(")(", ")*("))
+            elif family in ("vector_sum", "scaled_vector"):
+                k = v.pop(0) if family == "scaled_vector" else 1
+                assert ints(a) == [k * v[0] + v[2], k * v[1] + v[3]]
             elif family == "matrix_times_vector":
                 assert ints(a) == (torch.tensor(v[:4]).view(2, 2) @ torch.tensor(v[4:])).tolist()
             elif family == "base_conversion":
@@ -776,7 +791,7 @@ def test_embedded_splits():
     assert trained and tested and not trained & tested
     tasks = data.load_tasks("embedded")
     known = data.embedded_examples(1, 0, "train", "pretraining")
-    assert [t.heldout for t in tasks] == [False] * 14 + [True] * 7 and not {t.name for t in tasks} & set(known) and len(known) == 21
+    assert [t.heldout for t in tasks] == [False] * 14 + [True] * 7 and not {t.name for t in tasks} & set(known) and len(known) == 35
     assert data.load_tasks("embedded") == tasks
     by_subject = data.load_tasks("embedded", task_column="subject")
     assert [t.name for t in by_subject if not t.heldout] == list(data.FAMILIES)
