@@ -576,20 +576,14 @@ def test_sampler(tiny_and_prompts):
 
 def test_cost_against_the_floor(process_group):
     """A meta-step against its T x (K+1) bare forward/backward passes on the same batches, alternating in one run."""
-    from torch.distributed.fsdp import fully_shard
-
     config, tokenizer = models.load_config("tiny")
     bare = models.load_weights("tiny").train()
-    model = models.skeleton(config)
-    mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard"))
-    for block in models.layers_to_shard(model):
-        fully_shard(block, mesh=mesh["shard"])
-    fully_shard(model, mesh=mesh["shard"])
-    models.materialize(model, bare, torch.device("cpu"))
+    world = fomaml.World(torch.device("cpu"), mesh=dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard")))
+    model = fomaml.build(fomaml.Args(), config, world)
     tasks = [t for t in data.load_tasks("embedded") if not t.heldout]
     tokens, _ = data.encode(tokenizer, [e for t in tasks for part in (t.support, t.query) for e in part], 2048)
     args = fomaml.Args()
-    learner = fomaml.Learner(model.train(), fomaml.Buffers(model, args.inner_lr), fomaml.World(torch.device("cpu"), mesh=mesh), 0, tokens)
+    learner = fomaml.Learner(model, fomaml.Buffers(model, args.inner_lr), world, 0, tokens)
     optimizer = torch.optim.AdamW(learner.buffers.params, lr=1e-4, fused=True)
     ratios = []
     for step in range(9):
@@ -620,25 +614,30 @@ def test_five_buffers(tasks, steps, process_group):
 
     model = small_llama(torch.float32, hidden_size=128, num_hidden_layers=6, intermediate_size=512, vocab_size=256)
     n = sum(p.numel() for p in model.parameters())
+    shapes = {tuple(q.shape) for q in model.parameters()}
     episodes, tokens = random_episodes(tasks, 2 * steps, 2)
+    optimizer, calls, peak = None, 0, 0
+
+    def storages():
+        """{address: bytes} of all tensors in Python's reach with a parameter's shape or all parameters' size."""
+        mine = [t for o in gc.get_objects() if isinstance(o, torch.Tensor) for t in (o, o.grad if o.is_leaf else None) if t is not None]
+        mine += [t for s in optimizer.state.values() for t in s.values()] if optimizer else []
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in mine if tuple(t.shape) in shapes or t.numel() == n}
+
     gc.collect()
+    others = storages().keys() - {p.untyped_storage().data_ptr() for p in model.parameters()}  # of earlier tests
     learner = plain_learner(model, tokens)
     optimizer = torch.optim.AdamW(learner.buffers.params, lr=1e-3, fused=True)
     fomaml.set_gradients(learner.buffers)
     optimizer.step()  # Adam's state exists from here on
     optimizer.zero_grad()
     largest = max(p.numel() for p in model.parameters())
-    peak = 0
 
     def measure(p):
-        nonlocal peak
-        shapes = {tuple(q.shape) for q in model.parameters()}
-        seen = {}
-        mine = [t for o in gc.get_objects() if isinstance(o, torch.Tensor) for t in (o, o.grad if o.is_leaf else None) if t is not None]
-        for t in mine + [t for s in optimizer.state.values() for t in s.values()]:
-            if tuple(t.shape) in shapes or t.numel() == n:
-                seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        peak = max(peak, sum(seen.values()) / 4)
+        nonlocal calls, peak
+        calls += 1
+        if calls % 11 == 0:
+            peak = max(peak, sum(size for at, size in storages().items() if at not in others) / 4)
 
     for p in learner.buffers.params:
         p.register_post_accumulate_grad_hook(measure)
