@@ -480,6 +480,59 @@ def test_adapter_in_peft_and_merged(tmp_path, small_model, process_group):
         torch.testing.assert_close(peft.PeftModel.from_pretrained(plain, tmp_path).eval()(ids).logits, logits, rtol=1e-5, atol=2e-5)
 
 
+def lora_rounds(name, length, rows, repeats, seed=0):
+    """[(seconds of a MeTA-LoRA round with all tasks in one forward, of the same round with PEFT task after task)]: T = 4, K = 10, AdamW."""
+    peft = pytest.importorskip("peft", reason="peft is not installed; .ci/run installs it for this test")
+    T, K, rng = 4, 10, random.Random(seed)
+    config, tokenizer = models.load_config(name)
+    args = meta_lora.Args(model=name, inner_optimizer="adam", inner_lr=1e-3)
+    tokens, episodes = {}, []
+    for t in range(T):
+        examples = [Example("", "", "", "", 0, f"{t}/{i}") for i in range((K + 1) * rows)]
+        tokens |= {e.id: Encoded([rng.randrange(20, 400) for _ in range(length)], length // 2) for e in examples}
+        episodes.append(Episode(str(t), examples[: K * rows], examples[K * rows :]))
+    base = models.load_weights(name).requires_grad_(False).train()
+    learner = meta_lora.Learner(base, meta_lora.Adapters(base, args, torch.device("cpu")), args, fomaml.World(torch.device("cpu")), 0, tokens)
+    theirs = peft.get_peft_model(models.load_weights(name), peft.LoraConfig(r=args.r, lora_alpha=args.alpha, lora_dropout=args.dropout, target_modules=list(args.target_modules))).train()
+    params = [p for p in theirs.parameters() if p.requires_grad]
+    phi = [p.detach().clone() for p in params]
+
+    def peft_round():
+        total = [torch.zeros_like(p) for p in params]
+        for episode in episodes:
+            with torch.no_grad():
+                for p, q in zip(params, phi, strict=True):
+                    p.copy_(q)
+            optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
+            for examples in [*chunks(episode.support, rows), episode.query]:
+                batch = data.collate([tokens[e.id] for e in examples], 0)
+                (models.token_loss(theirs, batch) / (length // 2 * rows)).backward()
+                if examples is not episode.query:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            for g, p in zip(total, params, strict=True):
+                g.add_(p.grad, alpha=1 / T)
+            optimizer.zero_grad()
+
+    times = []
+    for _ in range(repeats + 1):
+        pair = []
+        for work in (lambda: meta_lora.meta_gradient(learner, episodes, "fomaml", rows, T), peft_round):
+            start = time.perf_counter()
+            work()
+            pair.append(time.perf_counter() - start)
+        times.append(pair)
+    return times[1:]
+
+
+@pytest.mark.parametrize("length,rows,least", [(96, 4, 0.9), (32, 1, 1.3)])
+def test_round_against_peft(length, rows, least):
+    """The measured figures are in the README (targets 1.2 and 2); the bounds here only catch a regression on a noisy machine."""
+    ratios = sorted(b / a for a, b in lora_rounds("tiny", length, rows, 5))
+    print(f"\n{rows} x {length} tokens a task: PEFT task after task / one forward for all: median {ratios[2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    assert ratios[2] > least
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Any Hugging Face causal language model
 
