@@ -83,8 +83,8 @@ class Args:
     meta_gradient: Literal["fomaml", "reptile", "joint", "none"] = "fomaml"
     """fomaml (MeTA-LoRA); reptile (phi += epsilon mean(phi_i - phi), K+1 inner steps); joint (one AdamW step on all rows of the
     round: plain multi-task LoRA); none (no training: LoRA from scratch on each task, the evaluation alone)."""
-    inner_steps: int = 5
-    """K, steps of stage 1 (reference setting: 10)."""
+    inner_steps: int = 10
+    """K, steps of stage 1."""
     inner_lr: float = 3e-3
     """Stage 1's learning rate: 3e-3 suits the tiny model, 3e-4 SmolLM2-135M; the reference setting is 1e-4."""
     inner_optimizer: Literal["sgd", "adam"] = "adam"
