@@ -127,21 +127,24 @@ def extract_answer(text: str) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Text: one spelling for what means the same
 
-UNICODE = {"\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00f7": "/", "\u221a": r"\sqrt ", "\u03c0": r"\pi ", "\u2264": r"\le ", "\u2265": r"\ge ",
-           "\u2260": r"\ne ", "\u221e": r"\infty ", "\u00b0": r"^\circ ", "\u00b1": r"\pm ", "\u2213": r"\mp ", "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2208": r"\in ", "\u2205": r"\emptyset ",
-           "\u03b8": r"\theta ", "\u03b1": r"\alpha ", "\u03b2": r"\beta ", "\u2248": r"\approx ", "\u211d": r"\mathbb{R}", "\u2032": "'", "\u2019": "'", "\u20e3": "", "\ufe0f": "", "\u200b": "", "\u202e": "",
-           "\u2220": r"\angle ", "\u2261": r"\equiv ", "\u20ac": "", "\u00a3": ""}
-UNICODE |= {s: f"^{d}" for d, s in enumerate("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")} | {s: f"_{d}" for d, s in enumerate("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089")}
-UNICODE |= {"\u00bd": r"\frac12 ", "\u2153": r"\frac13 ", "\u2154": r"\frac23 ", "\u00bc": r"\frac14 ", "\u00be": r"\frac34 "}
+UNICODE = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "√": r"\sqrt ", "π": r"\pi ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+           "∞": r"\infty ", "°": r"^\circ ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "θ": r"\theta ",
+           "α": r"\alpha ", "β": r"\beta ", "≈": r"\approx ", "ℝ": r"\mathbb{R}", "∠": r"\angle ", "≡": r"\equiv ", "′": "'", "’": "'", "€": "", "£": "",
+           "½": r"\frac12 ", "⅓": r"\frac13 ", "⅔": r"\frac23 ", "¼": r"\frac14 ", "¾": r"\frac34 ",
+           "\u20e3": "", "\ufe0f": "", "\u200b": "", "\u202e": ""}  # marks that do not show
+UNICODE |= {s: f"^{d}" for d, s in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")} | {s: f"_{d}" for d, s in enumerate("₀₁₂₃₄₅₆₇₈₉")}
 TABLE = str.maketrans(UNICODE)
 REWRITE = [(re.compile(a, re.S), b) for a, b in (
     (r"<\|.*", ""), (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|rm|bf)(?![A-Za-z])", ""), (r"\s*\{\s*([,:.])\s*\}\s*", r"\1"),
-    (r"(?<!\\)\\!|\\\$|\$", ""), (r"\\q?quad|(?<!\\)\\[,;: ]|~|&nbsp;", " "), (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\\[dt]binom", r"\\binom"), (r"\{([^{}]+)\\choose([^{}]+)\}", r"\\binom{\1}{\2}"),
+    (r"(?<!\\)\\!|\\\$|\$", ""), (r"\\q?quad|(?<!\\)\\[,;: ]|~|&nbsp;", " "), (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\[dt]binom", r"\\binom"), (r"\{([^{}]+)\\choose([^{}]+)\}", r"\\binom{\1}{\2}"),
     (r"\\(?:math(?:rm|bf|it|sf|cal|frak)|boldsymbol|bm|vec|hat|overrightarrow|operatorname\*?|textrm|fbox|boxed)\s*\{([^{}]*)\}", r"{\1}"),
     (r"\\(?:textbf|textit|textnormal|mbox|textsf)(?![A-Za-z])", r"\\text"), (r"\\(?:leq|leqslant)(?![A-Za-z])", r"\\le"), (r"\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge"),
     (r"\\neq(?![A-Za-z])|!=", r"\\ne"), (r"<=", r"\\le "), (r">=", r"\\ge "), (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"),
-    (r"\*\*", "^"), (r"\\%|\\text\{\s*%\s*\}|\s*percent(?:age)?\b", "%"), (r"\\varnothing|\\\{\s*\\\}|\u00d8", r"\\emptyset"), (r"\\mathbb\s*\{?R\}?|\\Reals?\b|\\R\b", r"\\Reals"),
-    (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree|\bdegrees?\b", r"\\deg "), (r"\\text\{\s*\\deg\s*\}", r"\\deg "), (r"\\[lr]vert|\\mid(?![A-Za-z])|\\\||\\[lr]Vert", "|"), (r"\.\s*$", ""), (r"[ \t\n]+", " "))]
+    (r"\*\*", "^"), (r"\\%|\\text\{\s*%\s*\}|\s*percent(?:age)?\b", "%"), (r"\\varnothing|\\\{\s*\\\}|Ø", r"\\emptyset"),
+    (r"\\mathbb\s*\{?R\}?|\\Reals?\b|\\R\b", r"\\Reals"),
+    (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree|\bdegrees?\b", r"\\deg "), (r"\\text\{\s*\\deg\s*\}", r"\\deg "),
+    (r"\\[lr]vert|\\mid(?![A-Za-z])|\\\||\\[lr]Vert", "|"), (r"\.\s*$", ""), (r"[ \t\n]+", " "))]
 NUMBER_WORDS = {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
                                                 "seventeen eighteen nineteen twenty".split())}
 SYNONYMS = {"dne": "doesnotexist", "undefined": "doesnotexist", "nosolutions": "nosolution", "none": "nosolution", "infinity": r"\infty"}
@@ -195,13 +198,15 @@ def plain(s: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Text -> tree
 
-FUNCTIONS = ("arcsin", "arccos", "arctan", "arccot", "arcsec", "arccsc", "sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "lg", "exp", "sqrt", "cbrt",
-             "abs", "floor", "ceil", "gcd", "lcm", "max", "min", "cis", "asin", "acos", "atan")
+FUNCTIONS = ("arcsin", "arccos", "arctan", "arccot", "arcsec", "arccsc", "sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec", "csc",
+             "log", "ln", "lg", "exp", "sqrt", "cbrt", "abs", "floor", "ceil", "gcd", "lcm", "max", "min", "cis", "asin", "acos", "atan")
 NAMES = ("infinity", "infty", "theta", "alpha", "beta", "gamma", "lambda", "inf", "and", "or", "pi")
 WORD = re.compile("|".join(sorted(FUNCTIONS + NAMES, key=len, reverse=True)) + "|[A-Za-z]")
-TOKEN = re.compile(r"\\begin\{[a-z]*matrix\}|\\begin\{array\}\{[^{}]*\}|\\end\{[a-z]+\}|\\text\s*\{([^{}]*)\}|\\[A-Za-z]+|\\\\|\\.|\d+(?:\.\d*)?(?:[eE][-+]?\d{1,4}(?![\dA-Za-z]))?|\.\d+|"
-                   r"[A-Za-z]+|[-+*/^_=<>!(){}\[\]|,;:&%'\u27e8\u27e9]|\s+|.", re.S)
+TOKEN = re.compile(r"\\begin\{[a-z]*matrix\}|\\begin\{array\}\{[^{}]*\}|\\end\{[a-z]+\}|\\text\s*\{([^{}]*)\}|\\[A-Za-z]+|\\\\|\\.|"
+                   r"\d+(?:\.\d*)?(?:[eE][-+]?\d{1,4}(?![\dA-Za-z]))?|\.\d+|[A-Za-z]+|[-+*/^_=<>!(){}\[\]|,;:&%'⟨⟩]|\s+|.", re.S)
 RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\equiv": "equiv", r"\in": "in"}
+LETTERS = {"\\" + name for name in "delta epsilon varepsilon zeta eta kappa mu nu xi rho sigma tau phi varphi chi psi omega Delta Omega Phi ell".split()}
+STARTS = LETTERS | set(r"( [ { \{ \frac \sqrt \binom \langle \lfloor \lceil \Reals \emptyset \angle \triangle \overline \bar".split())
 PAIRS = {"(": ")", "[": ")", r"\{": r"\}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", "]": "["}
 
 
@@ -220,7 +225,7 @@ def tokenize(s: str) -> list:
                 raise Limit  # a word, not a product of letters
             out += [("op", p) if p in ("and", "or") else ("word", p) for p in pieces]
         elif not t.isspace():
-            if t == "\\" or (not t.isascii() and t not in "\u27e8\u27e9"):
+            if t == "\\" or (not t.isascii() and t not in "⟨⟩"):
                 raise Limit
             out.append(("word", t[1:]) if t[1:] in FUNCTIONS + NAMES and t[0] == "\\" else ("op", t))
     return out
@@ -332,11 +337,8 @@ class Parser:
         return ("neg", self.signed()) if self.take("-") else self.signed() if self.take("+") else self.power()
 
     def starts_factor(self) -> bool:
-        if self.kind() in ("num", "word"):
-            return True
-        t = self.peek()
-        return t in ("(", "[", "{", r"\{", r"\frac", r"\sqrt", r"\binom", r"\langle", r"\lfloor", r"\lceil", r"\pi", r"\Reals", r"\emptyset", r"\angle", r"\triangle", r"\overline", r"\bar") or (
-            t == "|" and not self.bars) or bool(t and re.fullmatch(r"\\(?:delta|epsilon|varepsilon|zeta|eta|kappa|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|omega|Delta|Omega|Phi|ell)", t))
+        """Whether a factor follows without a sign: 2x, x(x+1), 2\pi r."""
+        return self.kind() in ("num", "word") or self.peek() in STARTS or self.peek() == "|" and not self.bars
 
     def power(self):
         tree = self.atom()
@@ -422,7 +424,7 @@ class Parser:
         if t == "{":
             self.at -= 1
             return self.group()
-        if t in PAIRS or t == "\u27e8":
+        if t in PAIRS or t == "⟨":
             tree = self.bracket(t)
             if tree[0] == "num" and tree[1].denominator == 1 and self.take("_"):
                 return ("based", str(tree[1]), self.group())
@@ -433,11 +435,8 @@ class Parser:
             return ("set",) if t == r"\emptyset" else ("tuple", "(", ")", ("neg", ("const", "inf")), ("const", "inf"))
         if t in (r"\angle", r"\triangle", r"\overline", r"\bar"):
             return ("sym", f"{t}{self.group()}")
-        if re.fullmatch(r"\\[A-Za-z]+", t) and (self.at == len(self.tokens) or t not in (r"\sum", r"\prod", r"\int", r"\lim")):
-            self.at -= 1
-            if self.starts_factor():
-                self.at += 1
-                return self.symbol(t[1:])
+        if t in LETTERS:
+            return self.symbol(t[1:])
         raise Limit
 
     def symbol(self, t: str):
@@ -484,7 +483,7 @@ class Parser:
         return ("pow", radicand, ("div", ("num", Fraction(1)), index or ("num", Fraction(2))))
 
     def bracket(self, opening: str):
-        ends = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "\u27e8": ("\u27e9",)}.get(opening, (PAIRS.get(opening),))
+        ends = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "⟨": ("⟩",)}.get(opening, (PAIRS.get(opening),))
         bars, self.bars = self.bars, 0
         tree = self.items(ends)
         closing = self.need(*ends)
@@ -496,7 +495,7 @@ class Parser:
             return ("set", *items)
         if len(items) == 1 and (opening, closing) in (("(", ")"), ("[", "]")):
             return tree
-        if opening in (r"\langle", "\u27e8"):
+        if opening in (r"\langle", "⟨"):
             opening, closing = "(", ")"
         return ("tuple", "(" if opening == "]" else opening, ")" if closing == "[" else closing, *items)
 
@@ -894,9 +893,10 @@ class Same:
 # ---------------------------------------------------------------------------------------------------------------------
 # Equality of answers
 
-UNIT = re.compile(r"(?:(?<=[\d})!.\]])|(?<=\\pi))\s*((?:\\deg|%|\\text\s*\{[^{}]*\}|\b(?:cm|mm|km|kg|ft|mi|lbs?|hrs?|mph|[mMgsL](?=$))\b|(?<![A-Za-z\\])(?!and\b|or\b|pi\b|sqrt|sin|cos|tan|log)[A-Za-z]{3,}\b|[/. ]|\^\{?[23]\}?)+)$")
-UNIT_WORDS = [(re.compile(a), b) for a, b in ((r"meters?|metres?", "m"), (r"centim", "cm"), (r"seconds?|sec\b", "s"), (r"hours?|hrs?\b", "h"), (r"minutes?|mins?\b", "min"), (r"\bper\b", "/"),
-                                             (r"squared?|sq", "^2"), (r"inch(?:es)?", "in"), (r"f(?:ee|oo)t", "ft"), (r"(?<=[a-z]{3})s\b", ""), (r"[\s{}.]|text|\\", ""))]
+UNIT = re.compile(r"(?:(?<=[\d})!.\]])|(?<=\\pi))\s*((?:\\deg|%|\\text\s*\{[^{}]*\}|\b(?:cm|mm|km|kg|ft|mi|lbs?|hrs?|mph|[mMgsL](?=$))\b|"
+                  r"(?<![A-Za-z\\])(?!and\b|or\b|pi\b|sqrt|sin|cos|tan|log)[A-Za-z]{3,}\b|[/. ]|\^\{?[23]\}?)+)$")
+UNIT_WORDS = [(re.compile(a), b) for a, b in ((r"meters?|metres?", "m"), (r"centim", "cm"), (r"seconds?|sec\b", "s"), (r"hours?|hrs?\b", "h"), (r"minutes?|mins?\b", "min"),
+                                             (r"\bper\b", "/"), (r"squared?|sq", "^2"), (r"inch(?:es)?", "in"), (r"f(?:ee|oo)t", "ft"), (r"(?<=[a-z]{3})s\b", ""), (r"[\s{}.]|text|\\", ""))]
 
 
 def split_unit(s: str) -> tuple[str, str]:
@@ -920,10 +920,13 @@ def _choice(s: str) -> str | None:
 
 def _compare(p: str, g: str) -> bool:
     """Equality of two cleaned strings as mathematics, thousands separators read both ways."""
-    readings = [{s} if not THOUSANDS.search(s) else {THOUSANDS.sub(lambda m: m.group().replace(",", ""), s)} | ({s} if re.search(r"[(\[]|\\\{", s) else set()) for s in (p, g)]
-    for i, (s, other) in enumerate(((p, g), (g, p))):
-        if THOUSANDS.search(s) and not THOUSANDS.search(other) and "," in other and not re.search(r",0\d\d", s):
-            readings[i].add(s)
+    readings = []
+    for s, other in ((p, g), (g, p)):
+        grouped = THOUSANDS.search(s)
+        forms = {THOUSANDS.sub(lambda m: m.group().replace(",", ""), s)} if grouped else {s}
+        if grouped and (re.search(r"[(\[]|\\\{", s) or not THOUSANDS.search(other) and "," in other and not re.search(r",0\d\d", s)):
+            forms.add(s)
+        readings.append(forms)
     for x in readings[0]:
         for y in readings[1]:
             try:
@@ -997,9 +1000,12 @@ def main(paths: list[str]) -> int:
         for row, verdict in wrong:
             print(f"{'false accept' if verdict else 'false reject'} {row.get('id', '')}: {row['gold'][:100]!r} against {(extract_answer(row['response']) or '')[:100]!r}")
         times.sort()
-        judged = sum("expect" in r for r in rows)
-        accuracy = f"{100 * (1 - len(wrong) / judged):.2f}% right, {sum(v for _, v in wrong)} false accepts, {sum(not v for _, v in wrong)} false rejects; " if judged else ""
-        print(f"{path}: {len(rows)} rows; {accuracy}median {1e3 * times[len(times) // 2]:.3f} ms, p99 {1e3 * times[int(len(times) * 0.99)]:.2f} ms, longest {1e3 * times[-1]:.1f} ms")
+        report = f"{path}: {len(rows)} rows; "
+        if judged := sum("expect" in r for r in rows):
+            accepts = sum(v for _, v in wrong)
+            report += f"{100 * (1 - len(wrong) / judged):.2f}% right, {accepts} false accepts, {len(wrong) - accepts} false rejects; "
+        median, p99 = times[len(times) // 2], times[int(len(times) * 0.99)]
+        print(f"{report}median {1e3 * median:.3f} ms, p99 {1e3 * p99:.2f} ms, longest {1e3 * times[-1]:.1f} ms")
     return 0
 
 

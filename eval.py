@@ -410,8 +410,9 @@ def few_shot(args, model_name: str, rank: int, size: int, device: torch.device) 
             if step in CURVE or step == args.adapt_steps:
                 model.eval()
                 with torch.no_grad():
-                    parts = [models.token_loss(model, {k: v.to(device) for k, v in collate(test[i : i + 32], tokenizer.pad_token_id).items()}).item() for i in range(0, len(test), 32)]
-                curve[step] = sum(parts) / response_tokens(test)
+                    batches = (collate(test[i : i + 32], tokenizer.pad_token_id) for i in range(0, len(test), 32))
+                    total = sum(models.token_loss(model, {k: v.to(device) for k, v in b.items()}).item() for b in batches)
+                curve[step] = total / response_tokens(test)
                 model.train()
 
         if n:

@@ -508,7 +508,8 @@ def main(args: Args, world: World) -> int:
         bar.update()
         bar.set_postfix(query=f"{metrics['meta/loss']:.3f}", gain=f"{log.last_gain:+.3f}" if log.last_gain is not None else "-", tok_s=f"{speed:,.0f}")
         if state["skipped_in_a_row"] >= 5:
-            failed = f"the loss or meta-gradient was not finite in 5 steps running (to step {step + 1}): lower --inner-lr or --outer-lr. Last good checkpoint: {models.checkpoints(run)[-1] if models.checkpoints(run) else 'none'}"
+            failed = (f"the loss or meta-gradient was not finite in 5 steps running (to step {step + 1}): lower --inner-lr or --outer-lr. "
+                      f"Last good checkpoint: {models.checkpoints(run)[-1] if models.checkpoints(run) else 'none'}")
             break
         if (step + 1) % args.save_every == 0 and state["skipped_in_a_row"] == 0:
             save()
