@@ -80,7 +80,7 @@ class Args:
     """Rows of the query loss."""
     tasks_per_step: int = 4
     """T, the meta-batch, over all replicas."""
-    steps: int = 70
+    steps: int = 80
     """Meta-steps."""
     outer_lr: float = 1e-3
     """Peak learning rate of AdamW on theta (reference setting for 4B models: 3e-5)."""
@@ -96,7 +96,7 @@ class Args:
     """Reptile's step towards the adapted weights (its schedule is the learning rate's)."""
 
     # Evaluation, logging, checkpoints
-    eval_every: int = 35
+    eval_every: int = 40
     """Meta-steps between evaluations; also before the first and after the last. 0: only those two; -1: none."""
     eval_problems: int = 24
     """Test problems per task."""
@@ -106,7 +106,7 @@ class Args:
     """Length of greedy answers; 0 leaves accuracy out."""
     gain_every: int = 10
     """Steps between measurements of the query loss before adaptation (one more forward per task)."""
-    save_every: int = 35
+    save_every: int = 40
     """Meta-steps between checkpoints; also at the end and on Ctrl-C or SIGTERM."""
     keep: int = 5
     """Checkpoints kept."""
