@@ -337,7 +337,7 @@ class Parser:
         return ("neg", self.signed()) if self.take("-") else self.signed() if self.take("+") else self.power()
 
     def starts_factor(self) -> bool:
-        """Whether a factor follows without a sign: 2x, x(x+1), 2\pi r."""
+        r"""Whether a factor follows without a sign: 2x, x(x+1), 2\pi r."""
         return self.kind() in ("num", "word") or self.peek() in STARTS or self.peek() == "|" and not self.bars
 
     def power(self):

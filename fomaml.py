@@ -28,7 +28,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -152,6 +152,9 @@ class Buffers:
     """
 
     def __init__(self, model, inner_lr: float, inner_optimizer: str = "sgd", inner_clip: float = 0.0, offload: bool = False):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a forward alone the root still shows its gathered weights, which are freed later
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.inner_lr, self.adam, self.inner_clip = inner_lr, inner_optimizer == "adam", inner_clip
         self.use, self.weight, self.inner_step = "keep", 1.0, 0
