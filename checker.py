@@ -946,6 +946,8 @@ def is_equal(prediction: str, gold: str) -> bool:
         return True
     if len(p) > MAX_CHARS or len(g) > MAX_CHARS:
         return plain(p) == plain(g)
+    if any(re.search(r"\\\$|[€£]", x) and re.search(r"%|percent", y) for x, y in ((prediction, gold), (gold, prediction))):
+        return False  # dollars are no percent
     if (letter := _choice(g)) and len(plain(g).strip("()")) == 1 and _choice(p) == letter:
         return True
     if plain(p) == plain(g) or _compare(p, g):
