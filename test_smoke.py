@@ -478,7 +478,7 @@ def test_adapter_in_peft_and_merged(tmp_path, small_model, process_group):
         assert (plain(ids).logits - logits).abs().max() > 0.1
         torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits, logits, rtol=1e-4, atol=1e-4)
         peft = pytest.importorskip("peft", reason="peft is not installed; .ci/run installs it for this test")
-        torch.testing.assert_close(peft.PeftModel.from_pretrained(plain, tmp_path).eval()(ids).logits, logits, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(plain, tmp_path).eval()(ids).logits, logits, rtol=1e-5, atol=1e-5)
 
 
 def lora_rounds(name, length, rows, repeats, seed=0):
