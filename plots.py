@@ -63,6 +63,12 @@ def line(axis, series: list[list[tuple[float, float]]], colour: str, style: str 
     axis.plot(common, smoothed, style, color=colour, label=label, marker=marker, markersize=3.5)
 
 
+def model_name(model: str) -> str:
+    """runs/NAME/checkpoint -> NAME; else the last part of a folder or hub name."""
+    path = Path(model)
+    return path.parent.name if path.name in ("checkpoint", "merged") else path.name
+
+
 def training_panels(groups: dict[str, list[Path]]) -> list:
     """[(title, ylabel, xlabel, draw(axis))] for folders with metrics.jsonl."""
     metrics = {label: [read(r, "metrics.jsonl") for r in runs] for label, runs in groups.items()}
@@ -110,7 +116,7 @@ def training_panels(groups: dict[str, list[Path]]) -> list:
 def few_shot_panels(folders: list[Path]) -> list:
     """Accuracy and loss over the number of examples (mean, one standard deviation over seeds); loss over adaptation steps at the largest n."""
     reports = [json.loads((f / "results.json").read_text()) for f in folders]
-    summary = [(s, f"{Path(s['model']).parent.name or s['model']}" if "/" in s["model"] else s["model"]) for r in reports for s in r["summary"]]
+    summary = [(s, model_name(s["model"])) for r in reports for s in r["summary"]]
     models = list(dict.fromkeys(name for _, name in summary))
 
     def over_shots(key, scale):
@@ -126,7 +132,7 @@ def few_shot_panels(folders: list[Path]) -> list:
 
     def over_steps(axis):
         for colour, name in zip(COLOURS * len(models), models):
-            rows = [r for report in reports for r in report["few_shot"] if (Path(r["model"]).parent.name if "/" in r["model"] else r["model"]) == name]
+            rows = [r for report in reports for r in report["few_shot"] if model_name(r["model"]) == name]
             largest = max(r["shots"] for r in rows)
             curves = [r["curve"] for r in rows if r["shots"] == largest]
             steps = sorted(map(int, set.intersection(*(set(c) for c in curves))))
@@ -144,7 +150,7 @@ def benchmark_panels(folders: list[Path]) -> list:
     results = defaultdict(dict)
     for f in folders:
         for model, benchmarks in json.loads((f / "results.json").read_text())["benchmarks"].items():
-            results[Path(model).name or model] |= benchmarks
+            results[model_name(model)] |= benchmarks
     names = list(dict.fromkeys(n for b in results.values() for n in b))
 
     def draw(axis):
