@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from checker import extract_answer
+from checker import extract_answer, grade
 
 MATH_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
@@ -744,6 +744,98 @@ def draw_support(rng: random.Random, rows: Sequence[Example], size: int) -> list
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Problems with a reward, for learning from the model's own responses. The interface is that of the games: reset, prompt, step, expert.
+
+
+class Result(NamedTuple):
+    reward: float
+    done: bool  # the episode is over
+    won: bool
+    message: str  # to the player; empty where there is nothing to say
+
+
+class MathProblems:
+    """Episodes of one turn: reward 1 for a right final answer, else 0; the expert is the reference solution."""
+
+    def __init__(self, examples: Sequence[Example], shuffle: int | None = None):
+        self.examples, self.shuffle, self._orders = list(examples), shuffle, {}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def reset(self, seed: int) -> Example:
+        """Problem number `seed` of an endless list: all problems in a new order each time round (the given order without `shuffle`)."""
+        epoch, place = divmod(seed, len(self.examples))
+        if self.shuffle is None:
+            return self.examples[place]
+        if epoch not in self._orders:
+            self._orders = {epoch: random.Random(f"{self.shuffle}/{epoch}").sample(self.examples, len(self.examples))}
+        return self._orders[epoch][place]
+
+    def prompt(self, state: Example) -> list[dict]:
+        return [{"role": "user", "content": state.prompt}]
+
+    def step(self, state: Example, text: str) -> Result:
+        right = grade(text, state.answer)
+        return Result(float(right), True, right, "")
+
+    def expert(self, state: Example) -> str:
+        return state.response
+
+
+def load_problems(data: str, tokenizer, *, validation: int, test: int, max_length: int, subjects: Sequence[str] = (), levels: Sequence[int] = (),
+                  seed: int = 42) -> tuple[MathProblems, MathProblems, dict[str, MathProblems], str]:
+    """(training, validation, test sets by name, a line on what there is).
+
+    embedded: the families of the tiny model's pre-training; tests are unseen problems of these, and of the families that no embedded model
+    has seen. hub: Elliott/Openr1-Math-46k-8192. A file or folder as for load_tasks, whose own test file, or else up to a tenth of its
+    rows, is the test. Rows without an answer, or longer than max_length tokens, are left out and counted. Raises DataError.
+    """
+    if data == "embedded":
+        train = [e for rows in embedded_examples(400, seed, "train", "pretraining").values() for e in rows]
+        tests = {name: [e for rows in embedded_examples(per_family, seed, "test", *roles).values() for e in rows]
+                 for name, per_family, roles in (("trained families", -(-test // 35), ("pretraining",)), ("unseen families", -(-test // 42), ("training", "heldout")))}
+    else:
+        if data == "hub":
+            rows, own = _to_examples(_openr1_rows(), "hub", None), []
+        else:
+            rows, own = _local_rows(Path(data), None)
+        train, own = [e for _, e in rows], [e for _, e in own]
+        if not own:
+            ordered = _order(seed, train)
+            cut = min(max(test, 1), len(ordered) // 10 or 1)
+            own, train = ordered[:cut], ordered[cut:]
+        tests = {"test": own}
+    count = len(train)
+    wanted = lambda e: e.answer and (not subjects or e.subject in subjects) and (not levels or e.level in levels)  # noqa: E731
+    chosen = [e for e in train if wanted(e)]
+    tests = {name: [e for e in rows if wanted(e)] for name, rows in tests.items()}
+    tokens, dropped = encode(tokenizer, chosen, max_length)
+    chosen = _order(seed, [e for e in chosen if e.id in tokens])
+    if len(chosen) <= validation or not all(tests.values()):
+        found = ", ".join(sorted({e.subject for e in train})[:10])
+        raise DataError(f"{data}: {len(chosen)} training problems with an answer and {min(map(len, tests.values()))} test problems remain (subjects: {found}; "
+                        f"--subjects, --levels and --max-length choose); more than --validation-size {validation} and 1 are needed")
+    tests = {name: MathProblems(_order(seed, rows)[:test]) for name, rows in tests.items()}
+    report = (f"{len(chosen) - validation} training problems, {validation} for validation, " + ", ".join(f"{len(t)} {n}" for n, t in tests.items())
+              + f"; {dropped} over {max_length} tokens and {count - len(chosen) - dropped} without an answer or not chosen left out")
+    return MathProblems(chosen[validation:], seed), MathProblems(chosen[:validation], seed), tests, report
+
+
+def _openr1_rows() -> list[dict]:
+    """LUFFY's data set: chat messages in the columns prompt and target, the answer in reward_model. Its system prompt is left out."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset("Elliott/Openr1-Math-46k-8192", split="train")
+    except Exception as e:
+        raise DataError(f"cannot load Elliott/Openr1-Math-46k-8192 from the hub: {str(e).splitlines()[0][:200]}") from None
+    last = lambda value, role: next((m["content"] for m in reversed(value) if m["role"] == role), "") if isinstance(value, list) else value  # noqa: E731
+    return [{"prompt": last(row["prompt"], "user"), "response": last(row["target"], "assistant"), "subject": "math",
+             "answer": (row.get("reward_model") or {}).get("ground_truth", "")} for row in loaded]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tokenisation
 
 
@@ -779,6 +871,14 @@ def template(tokenizer) -> Template:
     if not after or not end:
         raise DataError("the tokenizer's chat template has no generation prompt or no end of turn")
     return Template(before, after, end, frozenset(end + ([] if eos is None else [eos])))
+
+
+def prompt_text(tokenizer, messages: Sequence[dict]) -> str:
+    """What the model reads before its next answer: messages of {"role", "content"}, the last from the user."""
+    if tokenizer.chat_template is not None:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    names = {"system": "", "user": "Problem: ", "assistant": "Solution: "}
+    return (tokenizer.bos_token or "") + "\n".join(names[m["role"]] + m["content"] for m in messages) + "\nSolution: "
 
 
 def encode(tokenizer, examples: Sequence[Example], max_length: int) -> tuple[dict[str, Encoded], int]:

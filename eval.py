@@ -128,10 +128,10 @@ def step_metrics(losses: list[list[float]], names: list[str], gain: bool) -> dic
 class Log:
     """metrics.jsonl and evaluations.jsonl (cut back to the resumed step), wandb if asked, the table and picture at the end."""
 
-    def __init__(self, project: str, settings: dict, run: Path, active: bool, step: int):
+    def __init__(self, project: str, settings: dict, run: Path, active: bool, step: int, *more: str):
         self.run, self.active, self.last_gain, self.wandb = run, active, None, None
         kept = {}
-        for name in ("metrics.jsonl", "evaluations.jsonl"):
+        for name in ("metrics.jsonl", "evaluations.jsonl", *more):
             lines = (run / name).read_text().splitlines() if (run / name).exists() else []
             kept[name] = [row for line in lines if line.endswith("}") and (row := json.loads(line))["step"] <= step]  # a kill may leave half a line
         self.evaluations = {row["step"]: row["tasks"] for row in kept["evaluations.jsonl"]}
@@ -155,6 +155,15 @@ class Log:
             self._append("metrics.jsonl", metrics)
             if self.wandb:
                 self.wandb.log(metrics, step=metrics["step"])
+
+    def record(self, step: int, result: dict[str, dict], text: str) -> None:
+        """An evaluation on test sets."""
+        self.evaluations[step] = result
+        if self.active:
+            self._append("evaluations.jsonl", {"step": step, "tasks": result})
+            tqdm.write(f"step {step}: {text}", file=sys.stdout)
+            if self.wandb:
+                self.wandb.log({f"{name}/{k}": v for name, r in result.items() for k, v in r.items()}, step=step)
 
     def evaluation(self, step: int, result: dict) -> None:
         self.evaluations[step] = result

@@ -2,6 +2,7 @@
 
     python model.py                        # trains assets/tiny from the embedded problems (about 15 minutes on 2 CPU cores)
     python model.py --output-dir my_tiny --steps 200
+    python model.py --bare                 # then assets/tiny_bare, where amft.py starts (a minute)
 
 Every function works for any Hugging Face causal LM; nothing is written for one family.
 """
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from tqdm import tqdm
 from data import DataError
 
 TINY = Path(__file__).resolve().parent / "assets" / "tiny"
+EMBEDDED = ("tiny", "tiny_bare")  # folders of assets/
 
 
 class ModelError(ValueError):
@@ -102,9 +104,9 @@ class Stop:
 
 
 def resolve(name: str) -> str:
-    """`tiny`, a local folder in Hugging Face format, or a hub name -> what from_pretrained takes. Reads no weights."""
-    if name == "tiny":
-        return str(TINY)
+    """`tiny`, `tiny_bare`, a local folder in Hugging Face format, or a hub name -> what from_pretrained takes. Reads no weights."""
+    if name in EMBEDDED:
+        return str(TINY.with_name(name))
     if Path(name).is_dir():
         if not (Path(name) / "config.json").exists():
             raise ModelError(f"{name} is a folder without config.json: not a model in Hugging Face format")
@@ -357,14 +359,15 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], extra: dict, ke
     dist.barrier()
 
 
-def write_training_state(folder: Path, model, tokenizer, optimizer, dtype: torch.dtype) -> None:
-    """Full weights in Hugging Face format (rank 0 writes) and state/, the sharded model and optimizer. Collective."""
+def write_training_state(folder: Path, model, tokenizer, optimizer, dtype: torch.dtype, lm=None) -> None:
+    """Full weights in Hugging Face format (rank 0 writes) and state/, the sharded model and optimizer. Collective. lm: the part of
+    the model that is a Hugging Face model (default: all of it)."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    weights = full_weights(model, dtype)
+    weights = full_weights(lm or model, dtype)
     if dist.get_rank() == 0:
-        save_pretrained(folder, model, tokenizer, weights, dtype)
+        save_pretrained(folder, lm or model, tokenizer, weights, dtype)
     del weights
     model_state, optimizer_state = get_state_dict(model, optimizer)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder / "state")
@@ -549,6 +552,9 @@ class Args:
     """Peak learning rate of Muon (matrices); embeddings and norms: AdamW at 3e-3. 100 steps of warm-up, then linear to zero."""
     seed: int = 0
     """Initial weights and data order; the same seed gives the same loss curve."""
+    bare: bool = False
+    """Make assets/tiny_bare instead, in a minute: tiny after 60 steps of AdamW at 3e-4 on problems of which 60% have the bare answer for a
+    response. It can still work a problem out but often does not: what learning from rewards can find."""
 
 
 CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}<|end|>{% endif %}"
@@ -578,6 +584,32 @@ def tiny_config(vocab_size: int, tokenizer):
     return LlamaConfig(vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4,
                        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
                        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+
+def make_bare(args: Args) -> None:
+    """tiny -> tiny_bare. A choice that the model can already make is something for reinforcement learning to find; its mistakes of
+    arithmetic are not."""
+    import random
+
+    from data import collate, embedded_examples, encode
+
+    out = TINY.with_name("tiny_bare") if args.output_dir == str(TINY) else Path(args.output_dir)
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    _, tokenizer = load_config("tiny")
+    model = load_weights("tiny")
+    rows = [e for family in embedded_examples(400, args.seed, "train", "pretraining").values() for e in family]
+    rows = [replace(e, response=f"\\boxed{{{e.answer}}}") if rng.random() < 0.6 else e for e in rows]
+    encoded, _ = encode(tokenizer, rows, 256)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0, fused=True)
+    for _ in tqdm(range(60)):
+        batch = collate([encoded[e.id] for e in rng.sample(rows, 32)], tokenizer.pad_token_id)
+        (token_loss(model, batch) / (batch["labels"] != -100).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    shutil.rmtree(out, ignore_errors=True)
+    save_pretrained(out, model, tokenizer, full_weights(model, torch.bfloat16), torch.bfloat16)
+    print(out)
 
 
 def main(args: Args) -> None:
@@ -654,7 +686,8 @@ if __name__ == "__main__":
     import tyro
 
     try:
-        main(tyro.cli(Args))
+        args = tyro.cli(Args)
+        make_bare(args) if args.bare else main(args)
     except (ModelError, OSError) as e:
         print(f"model.py: {e}", file=sys.stderr)
         sys.exit(2)

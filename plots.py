@@ -1,6 +1,7 @@
 """Pictures from run folders and evaluation folders.
 
     python plots.py runs/fomaml runs/joint --out comparison.png      # training and evaluation curves of runs, over each other
+    python plots.py runs/amft runs/rl runs/sft --out dynamics.png     # mu, entropy, reward, length and accuracy of amft.py's methods
     python plots.py evals/study --out few_shot.png                    # few-shot curves with bands, loss over adaptation steps
     python plots.py evals/math evals/gsm8k --out accuracy.png         # benchmark accuracy with 95% intervals
 
@@ -113,6 +114,51 @@ def training_panels(groups: dict[str, list[Path]]) -> list:
     return panels
 
 
+def dynamics_panels(groups: dict[str, list[Path]]) -> list:
+    """Panels for runs of amft.py: accuracy on each test set, reward, mu, entropy with its target, response length, what moved mu."""
+    metrics = {label: [read(r, "metrics.jsonl") for r in runs] for label, runs in groups.items()}
+    evaluations = {label: [read(r, "evaluations.jsonl") for r in runs] for label, runs in groups.items()}
+    single = len(groups) == 1
+
+    def accuracy(name):
+        def draw(axis):
+            for colour, (label, seeds) in zip(COLOURS * len(groups), evaluations.items()):
+                series = [[(r["step"], 100 * r["tasks"][name]["accuracy"]) for r in rows if name in r["tasks"]] for rows in seeds]
+                line(axis, series, colour, label=None if single else label, marker="o")
+            axis.set_ylim(0, None)
+        return draw
+
+    def curve(key, target=None, scale=1.0):
+        def draw(axis):
+            for colour, (label, seeds) in zip(COLOURS * len(groups), metrics.items()):
+                series = [[(m["step"], scale * m[key]) for m in rows if key in m] for rows in seeds]
+                line(axis, series, colour, label=None if single else label, window=1 if key == "mu" else max(3, max(map(len, series)) // 12))
+                if target and any(target in m for rows in seeds for m in rows):
+                    line(axis, [[(m["step"], m[target]) for m in rows if target in m] for rows in seeds], colour, "--", label="H* (target)" if single else None)
+        return draw
+
+    def contributions(axis):
+        label, seeds = next(iter(metrics.items()))
+        for colour, (key, name) in zip(COLOURS, (("mu_change/meta_gradient", "meta-gradient"), ("mu_change/entropy", "entropy term"))):
+            total, series = 0.0, []
+            for m in seeds[0]:
+                total += m.get(key, 0.0)
+                series.append((m["step"], total))
+            line(axis, [series], colour, label=name)
+        if not single:
+            axis.set_title(f"what moved mu ({label})")
+
+    names = list(dict.fromkeys(n for seeds in evaluations.values() for rows in seeds for r in rows[:1] for n in r["tasks"]))
+    panels = [(name, "accuracy (%)", "step", accuracy(name)) for name in names]
+    for key, title, ylabel, target in (("reward/mean", "reward of own samples", "mean reward", None), ("mu", "weight of imitation", "mu", None),
+                                       ("entropy", "policy entropy", "nats/token", "entropy_target"), ("response_length", "response length", "tokens", None)):
+        if any(key in m for seeds in metrics.values() for rows in seeds for m in rows):
+            panels.append((title, ylabel, "step", curve(key, target)))
+    if any(m.get("mu_change/entropy") or m.get("mu_change/meta_gradient") for rows in next(iter(metrics.values())) for m in rows):
+        panels.append(("what moved mu", "summed change of mu", "step", contributions))
+    return panels
+
+
 def few_shot_panels(folders: list[Path]) -> list:
     """Accuracy and loss over the number of examples (mean, one standard deviation over seeds); loss over adaptation steps at the largest n."""
     reports = [json.loads((f / "results.json").read_text()) for f in folders]
@@ -177,7 +223,10 @@ def figure(folders: Sequence[Path], out: Path, labels: Sequence[str] = ()) -> No
     for key in dict.fromkeys(settings(r) for r in runs):
         same = [r for r in runs if settings(r) == key]
         groups[names.get(same[0], same[0].resolve().name)] = same
-    panels = training_panels(groups) if groups else []
+    panels = []
+    for make, wanted in ((training_panels, False), (dynamics_panels, True)):
+        if chosen := {k: v for k, v in groups.items() if any("mu" in m for m in read(v[0], "metrics.jsonl")[:1]) == wanted}:
+            panels += make(chosen)
     if studies := [f for f, r in reports.items() if "few_shot" in r]:
         panels += few_shot_panels(studies)
     if tables := [f for f, r in reports.items() if "benchmarks" in r]:
