@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import amft
 import checker
 import data
 import eval as evaluation
@@ -300,6 +302,10 @@ RUN = ["--steps", "6", "--save-every", "2", "--eval-every", "3", "--eval-problem
        "--inner-steps", "2", "--tasks-per-step", "2", "--support-batch", "2", "--query-batch", "2", "--gain-every", "2"]
 
 
+AMFT_RUN = ["--model", "tiny_bare", "--steps", "14", "--save-every", "4", "--eval-every", "7", "--eval-problems", "6", "--prompts-per-step", "4", "--samples", "4",
+            "--max-new-tokens", "24", "--validation-prompts", "4", "--validation-size", "8", "--mu-every", "1", "--warmup-steps", "2", "--show", "1", "--micro-batch", "8"]
+
+
 def final_weights(folder):
     from safetensors.torch import load_file
 
@@ -309,22 +315,24 @@ def final_weights(folder):
 
 def rows(folder, name="metrics.jsonl"):
     noise = ("seconds", "tokens_per_second", "peak_memory_gb")
-    return [{k: v for k, v in json.loads(line).items() if k not in noise} for line in (folder / name).read_text().splitlines()]
+    return [{k: v for k, v in json.loads(line).items() if k.split("/")[0] not in noise} for line in (folder / name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("script,ranks", [("fomaml.py", 0), ("fomaml.py", 2), ("meta_lora.py", 0), ("meta_lora.py", 2)])
+@pytest.mark.parametrize("script,ranks", [("fomaml.py", 0), ("fomaml.py", 2), ("meta_lora.py", 0), ("meta_lora.py", 2), ("amft.py", 0)])
 def test_kill_and_resume(script, ranks, tmp_path, small_model):
     """SIGKILL in the middle, --resume: weights, metrics and evaluations equal the uninterrupted run's, bit for bit."""
-    common = [script, "--model", small_model, *RUN]
+    common = [script, "--model", small_model, *RUN] if script != "amft.py" else [script, *AMFT_RUN]
+    steps = 14 if script == "amft.py" else 6
     whole = run(*common, "--output-dir", tmp_path / "whole", ranks=ranks)
     assert whole.returncode == 0, whole.stderr[-3000:]
-    assert "meta-trained" in whole.stdout and (tmp_path / "whole" / "curves.png").stat().st_size > 10_000
+    picture = "dynamics.png" if script == "amft.py" else "curves.png"
+    assert "model: " in whole.stdout and (tmp_path / "whole" / picture).stat().st_size > 10_000
 
     launcher = [sys.executable] if not ranks else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     cut = tmp_path / "cut"
     process = subprocess.Popen([*launcher, *map(str, common), "--output-dir", str(cut)], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)
-    stop_at = random.randint(2, 5)
+    stop_at = random.randint(2, steps - 1)
     deadline = time.time() + 200
     while time.time() < deadline and process.poll() is None and not ((cut / "metrics.jsonl").exists() and len((cut / "metrics.jsonl").read_text().splitlines()) >= stop_at):
         time.sleep(0.02)
@@ -334,16 +342,20 @@ def test_kill_and_resume(script, ranks, tmp_path, small_model):
         subprocess.run(["pkill", "-KILL", "-f", str(cut)])
         time.sleep(0.5)
     with open(cut / "metrics.jsonl", "a") as f:
-        f.write('{"step": 6, "half a li')  # what a kill can leave
+        f.write(f'{{"step": {steps}, "half a li')  # what a kill can leave
     resumed = run(*common, "--output-dir", cut, "--resume", ranks=ranks)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     a, b = final_weights(tmp_path / "whole"), final_weights(cut)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert rows(tmp_path / "whole") == rows(cut) and [r["step"] for r in rows(cut)] == [1, 2, 3, 4, 5, 6]
+    assert rows(tmp_path / "whole") == rows(cut) and [r["step"] for r in rows(cut)] == list(range(1, steps + 1))
     assert rows(tmp_path / "whole", "evaluations.jsonl") == rows(cut, "evaluations.jsonl")
-    other = run(*common, "--output-dir", cut, "--resume", "--inner-lr", "0.2") if not ranks else None
-    assert other is None or (other.returncode == 2 and "--inner-lr" in other.stderr)
-    if script == "fomaml.py":
+    flag = "--lr" if script == "amft.py" else "--inner-lr"
+    other = run(*common, "--output-dir", cut, "--resume", flag, "0.2") if not ranks else None
+    assert other is None or (other.returncode == 2 and flag in other.stderr)
+    if script == "amft.py":
+        assert rows(tmp_path / "whole", "samples.jsonl") == rows(cut, "samples.jsonl")
+        assert any(abs(r.get("mu_change/meta_gradient", 0)) > 0 for r in rows(cut)) and rows(cut)[-1]["mu"] != 0.5
+    if script != "meta_lora.py":
         from transformers import AutoModelForCausalLM
 
         assert AutoModelForCausalLM.from_pretrained(cut / "checkpoint").num_parameters() > 0
@@ -359,6 +371,23 @@ def test_lora_two_ranks_equal_one(tmp_path, small_model):
     metrics = [rows(tmp_path / str(r))[0] for r in (0, 2)]
     assert metrics[0]["meta/grad_norm"] == pytest.approx(metrics[1]["meta/grad_norm"], rel=1e-5) and metrics[0]["meta/loss"] == pytest.approx(metrics[1]["meta/loss"], rel=1e-5)
     assert all(torch.allclose(one[n], two[n], atol=3e-5) for n in one)
+
+
+def test_amft_two_ranks_equal_one(tmp_path):
+    """The same checkpoint taken one step further, a step with a meta-gradient, by one rank and by two that share its shards."""
+    common = ["amft.py", *AMFT_RUN, "--steps", "11", "--save-every", "10", "--mu-every", "11", "--eval-every", "-1", "--advantage", "gae", "--entropy-coefficient", "0.01"]
+    first = run(*common, "--output-dir", tmp_path / "1")
+    assert first.returncode == 0, first.stderr[-3000:]
+    shutil.copytree(tmp_path / "1", tmp_path / "2", symlinks=True)
+    shutil.rmtree(tmp_path / "2" / "step-000011")
+    second = run(*common, "--output-dir", tmp_path / "2", "--resume", ranks=2)
+    assert second.returncode == 0, second.stderr[-3000:]
+    one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
+    assert one[:10] == two[:10] and len(two) == 11
+    for key in ("grad_norm", "loss/rl", "loss/sft", "loss/value", "entropy", "reward/mean", "response_length", "grad_mu", "mu"):
+        assert one[10][key] == pytest.approx(two[10][key], rel=1e-3 if key == "grad_mu" else 1e-4, abs=1e-7), key
+    a, b = final_weights(tmp_path / "1"), final_weights(tmp_path / "2")
+    assert all(torch.allclose(a[n], b[n], atol=3e-5) for n in a)
 
 
 def test_interrupt_saves(tmp_path, small_model):
@@ -583,6 +612,24 @@ def test_any_causal_lm(family, process_group, tmp_path):
     models.save_pretrained(tmp_path, model, tokenizer, models.full_weights(model, torch.float32), torch.float32)
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
 
+    policy = amft.Policy(models.skeleton(config), False)  # and a step of AMFT's loss
+    for block in [*models.layers_to_shard(policy.lm), policy]:
+        fully_shard(block, mesh=mesh["shard"])
+    models.materialize(policy, amft.Policy(source, False), torch.device("cpu"))
+    world = amft.World(torch.device("cpu"), mesh=mesh)
+    amft.check_head(policy, world)
+    optimizer = torch.optim.AdamW([{"params": list(policy.parameters()), "lr": 1e-2, "peak": 1e-2}])
+    args = amft.Args(method="fixed", micro_batch=4)
+    learner, batch = amft.Learner(args, policy.train(), optimizer, world, 0), random_rows(6, vocab=96)
+    amft.set_weights(args, world, batch, batch)
+    losses = []
+    for _ in range(3):
+        losses.append(learner.backward(batch, "sft")["sft"])
+        gradient = learner.flat()
+        learner.move_gradient((gradient, 1.0))
+        assert learner.take_step(gradient, 1.0)[1]
+    assert losses[2] < losses[0]
+
 
 @pytest.fixture(scope="module")
 def tiny_and_prompts():
@@ -622,6 +669,210 @@ def test_sampler(tiny_and_prompts):
             p = torch.tensor([0.0, p[1], p[2], 0.0]) / (p[1] + p[2])  # 0.24 + 0.64 reach 0.8
         share = torch.bincount(models._draw(logits, u, temperature, top_p), minlength=4) / 40_000
         torch.testing.assert_close(share, p, rtol=0, atol=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AMFT: losses by hand, the batch against a loop over rows, the derivative of mu against finite differences
+
+
+def amft_learner(model, optimizer=None, **options):
+    args = amft.Args(**{"micro_batch": 3, "samples": 4} | options)
+    policy = amft.Policy(model, args.advantage == "gae").to(next(model.parameters()).dtype).train()
+    mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard"))
+    return args, amft.Learner(args, policy, optimizer or torch.optim.AdamW(policy.parameters(), lr=1e-2), amft.World(torch.device("cpu"), mesh=mesh), 0)
+
+
+def random_rows(count, seed=0, vocab=64, demonstration=False):
+    """Rows with random tokens, lengths, advantages; old log-probabilities near those of a uniform policy."""
+    rng, out = random.Random(seed), []
+    for _ in range(count):
+        ids = [rng.randrange(vocab) for _ in range(rng.randint(2, 20))]
+        old = [0.0 if demonstration else -math.log(vocab) + rng.uniform(-0.5, 0.5) for _ in ids]
+        turn = amft.Turn([rng.randrange(vocab) for _ in range(rng.randint(2, 9))], ids, old, rng.random() < 0.8, "", float(rng.random() < 0.5))
+        a = rng.uniform(-1, 1)
+        out.append(amft.Row(turn, [a] * len(ids), demonstration=demonstration, right=turn.reward > 0, returns=[rng.uniform(0, 1) for _ in ids]))
+    return out
+
+
+def test_amft_losses_by_hand():
+    """Each loss and its derivative by log pi, on numbers worked out apart."""
+    logprobs = torch.tensor([[math.log(0.5), math.log(0.2), math.log(0.9)]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([[math.log(0.4), math.log(0.4), math.log(0.9)]], dtype=torch.float64)  # ratios 1.25, 0.5, 1
+
+    def both(loss):
+        return loss.tolist()[0], torch.autograd.grad(loss.sum(), logprobs)[0].tolist()[0]
+
+    close = lambda got, value, slope: [pytest.approx(x, abs=1e-12) for x in (value, slope)] == list(got)  # noqa: E731
+    one = torch.ones_like(old)
+    # PPO: A = 1: 1.25 is cut to 1.2, no gradient; 0.5 stays. A = -1: 1.25 stays; 0.5 is cut to 0.8, no gradient.
+    assert close(both(amft.ppo_loss(logprobs, old, one, 0.2)), [-1.2, -0.5, -1.0], [0.0, -0.5, -1.0])
+    assert close(both(amft.ppo_loss(logprobs, old, -one, 0.2)), [1.25, 0.8, 1.0], [1.25, 0.0, 1.0])
+    # LUFFY: p / (p + 0.1) with derivative p * 0.1 / (p + 0.1)^2 by log p; own tokens by their ratio, unclipped
+    demo = torch.tensor([[True]])
+    p = [0.5, 0.2, 0.9]
+    assert close(both(amft.luffy_loss(logprobs, torch.zeros_like(old), 2 * one, demo, 0.1)), [-2 * x / (x + 0.1) for x in p], [-2 * x * 0.1 / (x + 0.1) ** 2 for x in p])
+    assert close(both(amft.luffy_loss(logprobs, old, 2 * one, ~demo, 0.1)), [-2.5, -1.0, -2.0], [-2.5, -1.0, -2.0])
+    # SRFT, H = 0.7: demonstrations 0.5 e^-H (-log p) + min(p A, clip(p, 0.8, 1.2) A) with A = 1: p itself below 1.2; own 0.1 e^H (-log p) or + log p
+    H, e = torch.tensor([[0.7]], dtype=torch.float64), math.exp(0.7)
+    srft = lambda d, r: both(amft.srft_loss(logprobs, torch.zeros_like(old) if d else old, one, torch.tensor([[d]]), torch.tensor([[r]]), H, 0.2))  # noqa: E731
+    assert close(srft(True, True), [-0.5 / e * math.log(x) - x for x in p], [-0.5 / e - x for x in p])
+    assert close(srft(False, True), [-0.1 * e * math.log(x) for x in p], [-0.1 * e] * 3)
+    assert close(srft(False, False), [math.log(x) for x in p], [1.0] * 3)
+    # SFT and CHORD-phi: p (1 - p) is a constant to the gradient
+    assert close(both(amft.sft_loss(logprobs)), [-math.log(x) for x in p], [-1.0] * 3)
+    assert close(both(amft.sft_loss(logprobs, phi=True)), [-x * (1 - x) * math.log(x) for x in p], [-x * (1 - x) for x in p])
+    # advantages: (1, 0, 0, 1): mean 1/2, std with n - 1 = sqrt(1/3)
+    unit = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    assert amft.group_advantages([1.0, 0, 0, 1], "grpo") == pytest.approx([unit, -unit, -unit, unit]) and amft.group_advantages([1.0] * 4, "grpo") == [0] * 4
+    assert amft.group_advantages([3.0, 0, 0], "mean") == [2, -1, -1] and amft.group_advantages([3.0, 0, 0], "leave_one_out") == pytest.approx([3, -1.5, -1.5])
+    # GAE, V = (0.5, 0.2, 0.4), reward 1, lambda 0.5: deltas -0.3, 0.2, 0.6 -> 0.6, 0.2 + 0.3, -0.3 + 0.25
+    assert amft.gae([0.5, 0.2, 0.4], 1.0, 0.5) == pytest.approx([-0.05, 0.5, 0.6]) and amft.gae([0.5, 0.2], 1.0, 1.0) == pytest.approx([0.5, 0.8])
+    episode = amft.Episode([amft.Turn([], [], [], True, "", r) for r in (-1.0, -2.0, 5.0)])
+    assert episode.returns(1.0) == [2, 3, 5] and episode.returns(0.5) == [-0.75, 0.5, 5]
+
+
+@pytest.mark.parametrize("method,options", [("rl", {}), ("rl", {"loss_aggregation": "sequence", "mask_truncated": True}), ("rl", {"advantage": "gae", "entropy_coefficient": 0.05}),
+                                            ("luffy", {}), ("srft", {}), ("hpt", {"hpt_sft": 0.3}), ("chord", {"chord_phi": True})], ids=str)
+def test_amft_batch_equals_rows(method, options, process_group):
+    """Loss and gradient of a padded batch in micro-batches, by each method's normalisation, equal a plain loop over unpadded rows."""
+    model = small_llama()
+    args, learner = amft_learner(model, method=method, **options)
+    own = random_rows(7, 1)
+    shown = random_rows(3, 2, demonstration=True)
+    rl, sft = (own + shown, []) if method in ("luffy", "srft") else (own, shown)
+    amft.set_weights(args, learner.world, rl, sft)
+    learner.backward(rl, "rl+aux" if options.get("advantage") or options.get("entropy_coefficient") else "rl", 0.6)
+    if sft:
+        learner.backward(sft, "sft", 0.4)
+    got = {n: p.grad.clone() for n, p in learner.policy.named_parameters()}
+    learner.policy.zero_grad()
+
+    kept = [r for r in rl if r.turn.finished or not args.mask_truncated]
+    tokens = lambda rows: sum(len(r.turn.ids) for r in rows)  # noqa: E731
+    value = torch.zeros((), dtype=torch.float64)
+    for r in rl + sft:
+        ids, n = torch.tensor([r.turn.prompt + r.turn.ids]), len(r.turn.prompt)
+        out = model(ids, output_hidden_states=True, use_cache=False)
+        full_logprobs = out.logits[0, n - 1 : -1].log_softmax(-1)
+        logp = full_logprobs.gather(1, ids[0, n:, None]).squeeze(1)
+        entropy = -(full_logprobs.exp() * full_logprobs).sum(-1)
+        old, a = torch.tensor(r.turn.old_logprobs, dtype=torch.float64), r.advantages[0]
+        ratio = (logp - old).exp()
+        clipped = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        if r in sft:
+            if method == "hpt":
+                value = value + 0.4 * 0.3 / args.prompts_per_step * -logp.mean()
+            else:
+                weight = (logp.exp() * (1 - logp.exp())).detach() if method == "chord" else 1
+                value = value + 0.4 * (-weight * logp).sum() / tokens(sft)
+        elif r in kept:
+            if method == "luffy":
+                f = logp.exp() / (logp.exp() + 0.1) if r.demonstration else ratio
+                value = value + 0.6 * -(f * a).sum() / len(rl) / args.max_new_tokens
+            elif method == "hpt":
+                value = value + 0.6 * -(ratio * a).sum() / (args.prompts_per_step * args.samples * args.max_new_tokens)
+            elif method == "srft":
+                H = entropy.mean().detach()
+                term = 0.5 * torch.exp(-H) * -logp + clipped if r.demonstration else 0.1 * torch.exp(H) * -logp if r.right else logp
+                value = value + 0.6 * term.sum() / tokens(shown if r.demonstration else own)
+            elif args.loss_aggregation == "sequence":
+                value = value + 0.6 * clipped.mean() / len(kept)
+            else:
+                value = value + 0.6 * clipped.sum() / tokens(kept)
+            if args.advantage == "gae":
+                v = learner.policy.value(out.hidden_states[-1][0, n - 1 : -1]).squeeze(-1)
+                value = value + args.value_coefficient * 0.5 * (v - torch.tensor(r.returns, dtype=torch.float64)).square().sum() / tokens(kept)
+                value = value - 0.05 * entropy.sum() / tokens(kept)
+    value.backward()
+    for n, p in learner.policy.named_parameters():
+        torch.testing.assert_close(got[n], p.grad, rtol=1e-5, atol=1e-7, msg=n)  # the batch holds weights in float32
+
+
+@pytest.mark.parametrize("preconditioner,clip", [("adam", 1e9), ("adam", 0.5), ("none", 1e9)])
+def test_meta_gradient_against_finite_differences(preconditioner, clip, process_group):
+    """< grad U(theta_t), d theta_t / d mu > equals the central difference of U(theta_t(mu)) to 1e-4, U being an enumerated expectation."""
+    model = small_llama(vocab_size=7)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    for group in optimizer.param_groups:
+        group["peak"] = group["lr"]
+    args, learner = amft_learner(model, optimizer, clip=clip)
+    generator = torch.Generator().manual_seed(3)
+    noise = lambda size: [size * torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in learner.params]  # noqa: E731
+    for _ in range(11):
+        learner.take_step(noise(0.3), 1.0)
+    g_rl, g_sft, g_aux = noise(0.3), noise(0.3), noise(0.1)
+    rewards = torch.randn(2, 49, generator=generator, dtype=torch.float64)
+    responses = torch.cartesian_prod(torch.arange(7), torch.arange(7))  # every response of two tokens
+
+    def utility():
+        """E[R] over two prompts, all 49 responses enumerated."""
+        total = 0.0
+        for prompt, reward in zip(([1, 2, 3], [4, 5]), rewards, strict=True):
+            ids = torch.cat([torch.tensor(prompt).expand(49, -1), responses], 1)
+            logprobs = model(ids, use_cache=False).logits[:, len(prompt) - 1 : -1].log_softmax(-1).gather(2, responses[..., None]).sum((1, 2))
+            total = total + (logprobs.exp() * reward).sum() / 2
+        return total
+
+    start = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+    def step(mu):
+        model.load_state_dict(start[0])
+        optimizer.load_state_dict(copy.deepcopy(start[1]))
+        G = [(1 - mu) * r + mu * s + a for r, s, a in zip(g_rl, g_sft, g_aux, strict=True)]
+        if preconditioner == "none":
+            with torch.no_grad():
+                for p, g in zip(learner.params, G, strict=True):
+                    p.sub_(g, alpha=3e-3)
+            return G, math.sqrt(learner.dot(G, G))
+        return G, learner.take_step(G, 1.0)[0]
+
+    G, norm = step(0.4)
+    assert (norm > clip) == (clip < 1)
+    D = [s - r for r, s in zip(g_rl, g_sft, strict=True)]
+    amft.step_derivative(optimizer, learner.params, G, D, norm, learner.dot(G, D), clip, preconditioner)
+    ours = learner.dot(torch.autograd.grad(utility(), learner.params), D)
+    h, values = 1e-4, []
+    for mu in (0.4 + h, 0.4 - h):
+        step(mu)
+        with torch.no_grad():
+            values.append(utility().item())
+    assert ours == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-4) and abs(ours) > 1e-6
+
+
+def test_utility_gradient_is_unbiased(process_group):
+    """Over all pairs of samples of a prompt, weighted by their probability, the estimate of grad_mu U is the exact inner product."""
+    model = small_llama(vocab_size=5)
+    args, learner = amft_learner(model, samples=2)
+    generator = torch.Generator().manual_seed(5)
+    direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in learner.params]
+    prompt, rewards = [1, 2, 3], [0.0, 1.0, 0.5, -1.0, 2.0]
+    p = model(torch.tensor([prompt]), use_cache=False).logits[0, -1].softmax(-1)
+    exact = learner.dot(torch.autograd.grad((p * torch.tensor(rewards, dtype=torch.float64)).sum(), learner.params), direction)
+    expected = 0.0
+    for a in range(5):
+        for b in range(5):
+            group = [amft.Episode([amft.Turn(prompt, [y], [0.0], True, "", rewards[y])]) for y in (a, b)]
+            expected += (p[a] * p[b]).item() * learner.utility_gradient([group, group], direction)[0]  # the two halves are alike here
+    assert expected == pytest.approx(exact, rel=1e-6)
+
+
+def test_controller():
+    """Both forms of eq. (6), both signs, the schedules of the other methods."""
+    printed = amft.Controller(amft.Args(mu_update="printed", mu_init=0.5))
+    assert printed.update(1, None, 0.3, 0.5)["mu_change/entropy"] == pytest.approx(5e-4 * 0.2)
+    printed.update(20, 0.1, 0.5, 0.5)
+    assert printed.mu == pytest.approx(0.5 + 5e-4 * 0.2 + 1e-4 * 0.1)
+    text = amft.Controller(amft.Args(mu_update="printed", entropy_sign="text"))
+    assert text.update(1, None, 0.3, 0.5)["mu_change/entropy"] == pytest.approx(-5e-4 * 0.2)
+    ours = amft.Controller(amft.Args(mu_every=5, no_entropy_term=True))
+    changes = [ours.update(5 * k, g, 0.1, 0.5)["mu_change/meta_gradient"] for k, g in enumerate((3.0, -4.0, 5.0, -100.0), 1)]
+    assert changes == pytest.approx([0, 0, 0.05 * 5 / math.sqrt(12.5), -0.15]) and ours.mu == pytest.approx(0.5 + sum(changes))
+    entropy = amft.Controller(amft.Args(mu_every=5, mu_init=0.94))
+    assert entropy.update(4, None, 0.1, 0.5)["mu_change/entropy"] == 0 and entropy.update(5, None, 0.1, 0.7)["mu_change/entropy"] == pytest.approx(0.03)
+    assert entropy.mu == 0.95
+    at = lambda step, **options: amft.mu_of_step(amft.Args(**options), step, amft.Controller(amft.Args(**options)))  # noqa: E731
+    assert [at(s, method="sft_then_rl", steps=10) for s in (0, 4, 5)] == [1, 1, 0] and at(4) == 1 and at(5) == 0.5 and at(3, method="rl") == 0
+    assert at(0, method="chord") == pytest.approx(0.9) and at(100, method="chord") == pytest.approx(0.475) and at(500, method="chord") == pytest.approx(0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1153,13 +1404,17 @@ BAD = [(["--inner-steps", "0"], "--inner-steps must be at least 1"), (["--replic
 
 LORA_BAD = [(["--target-modules", "q_proj", "c_attn"], "c_attn: the model has no such linear layer; it has down_proj, gate_proj"), (["--dropout", "1"], "--dropout must be in [0, 1)"),
             (["--r", "0"], "--r must be at least 1"), (["--model", "/no/such"], "no such model folder")]
+AMFT_BAD = [(["--model", "/no/such"], "no such model folder"), (["--data", "/no/such"], "no such file or folder"), (["--samples", "1"], "--samples must be at least 2"),
+            (["--mu-init", "0.99"], "--mu-min <= --mu-init"), (["--epochs", "2"], "one optimizer step per rollout"), (["--replicas", "2"], "--replicas 2 does not divide"),
+            (["--method", "luffy", "--advantage", "gae"], "advantages of its own"), (["--subjects", "Topology"], "subjects: Algebra"), (["--validation-size", "99999"], "more than --validation-size"),
+            (["--warmup-steps", "99"], "--warmup-steps must be between"), (["--lr", "nan"], "positive number")]
 EVAL_BAD = [(["--benchmark", "nope"], "--benchmark nope: unknown; there are embedded, math500"), (["--samples", "4", "--temperature", "0"], "--samples above 1"), (["--benchmark", "mine", "--data", "/no/such.jsonl"], "cannot read"), (["--data", "x.jsonl"], "name it with --benchmark"),
             (["--few-shot", "5", "--tasks", "Topology"], "no such task"), (["--model", "/no/such"], "no such model folder")]
 
 
 def test_bad_input(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(models, "load_weights", lambda *a, **k: pytest.fail("weights were read"))
-    for script, cases in ((fomaml, BAD), (meta_lora, LORA_BAD), (evaluation, EVAL_BAD)):
+    for script, cases in ((fomaml, BAD), (meta_lora, LORA_BAD), (amft, AMFT_BAD), (evaluation, EVAL_BAD)):
         for i, (extra, message) in enumerate(cases):
             monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *extra, "--output-dir", str(tmp_path / f"{script.__name__}{i}")])
             assert script.cli() == 2, extra
@@ -1184,6 +1439,8 @@ def test_command_lines(tmp_path, small_model):
             (bare / f.name).write_bytes(f.read_bytes())
     dry = run("fomaml.py", "--model", bare, "--dry-run")
     assert dry.returncode == 0 and "ready" in dry.stdout and "all-reduce works" in dry.stdout, dry.stderr[-2000:]
+    dry = run("amft.py", "--model", bare, "--dry-run")
+    assert dry.returncode == 0 and "ready" in dry.stdout, dry.stderr[-2000:]
     worse = run("fomaml.py", "--model", bare, "--dry-run", "--support-batch", "50")
     assert worse.returncode == 1 and "cannot finish: task" in worse.stdout
 
