@@ -24,13 +24,11 @@ What is done differently, and why:
 """
 
 import functools
-import json
 import math
-import random
 import sys
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -41,8 +39,9 @@ from tqdm import tqdm
 
 import eval as evaluation
 import model as models
-from data import DataError, load_problems, prompt_text, template
-from model import Stop, World
+from data import DataError, load_problems
+from games import VIRL, GeneralPoints, load_routes
+from model import Episode, Stop, Turn, World, demonstrate
 
 
 @dataclass
@@ -50,10 +49,10 @@ class Args:
     """AMFT, and under the same budget: SFT, GRPO or PPO, SFT then RL, a fixed weight, CHORD, LUFFY, SRFT, HPT."""
 
     # What is trained, on what
-    model: str = "tiny_bare"
-    """tiny_bare (embedded; tiny with a habit of bare answers), tiny, a local folder in Hugging Face format, or a hub name."""
-    task: Literal["math"] = "math"
-    """Where prompts, demonstrations and rewards come from."""
+    task: Literal["math", "general_points", "virl"] = "math"
+    """Where prompts, demonstrations and rewards come from: data.py (math) or games.py. It sets the defaults that are "by task"."""
+    model: str | None = None
+    """tiny, tiny_bare (tiny with a habit of bare answers), a local folder in Hugging Face format, or a hub name. By task: tiny_bare, tiny."""
     data: str = "embedded"
     """embedded, hub (Elliott/Openr1-Math-46k-8192), or a file or folder with problem, solution and answer; see data.py."""
     subjects: tuple[str, ...] = ()
@@ -61,7 +60,17 @@ class Args:
     levels: tuple[int, ...] = ()
     """Only problems of these levels."""
     validation_size: int = 64
-    """Training problems set apart for U, the validation reward that mu's gradient is taken of."""
+    """math: training problems set apart for U, the validation reward that mu's gradient is taken of."""
+    rule: Literal["10", "11_12_13"] = "10"
+    """general_points: what J, Q and K count in training; the other rule is the out-of-distribution test."""
+    actions: Literal["absolute", "relative"] = "absolute"
+    """virl: what turn_direction takes in training; the other is the out-of-distribution test."""
+    routes: str | None = None
+    """virl: a route file of the original for training, instead of the procedural city."""
+    test_routes: str | None = None
+    """virl: a route file for the tests."""
+    full_prompts: bool = False
+    """Games: the originals' long prompts and routes. Without: short ones, for the embedded model."""
     max_length: int = 2048
     """Tokens of a prompt and its demonstration; longer ones are left out and counted."""
     output_dir: str = "runs/amft"
@@ -73,10 +82,15 @@ class Args:
     method: Literal["amft", "sft", "rl", "sft_then_rl", "fixed", "chord", "luffy", "srft", "hpt"] = "amft"
     """amft; sft; rl (GRPO or PPO, see --advantage); sft_then_rl; fixed (constant mu = --mu-init); chord (2508.11408); luffy
     (2504.14945); srft (2506.19767); hpt (2509.04419)."""
-    steps: int = 80
-    """Optimizer steps (times --epochs and --minibatches), the warm-up included."""
+    steps: int | None = None
+    """Optimizer steps (times --epochs and --minibatches), the warm-up included. By task: 80, 260, 100."""
     warmup_steps: int | None = None
-    """W, SFT steps at the beginning, counted in --steps. Default: 5 for amft, 0 for the others."""
+    """W, SFT steps at the beginning, counted in --steps. Default: 5 for amft on math, 0 for the other methods; games: 200, 40 for all, as
+    they start from a model that does not know the game."""
+    warmup_batch: int | None = None
+    """Demonstrated prompts per warm-up step. By task: --prompts-per-step, 64, 16."""
+    warmup_lr: float | None = None
+    """Learning rate of the warm-up. By task: --lr, 1e-3, 1e-3."""
     lr: float = 3e-5
     """alpha, AdamW (paper's code: 1e-6 for 7B models)."""
     lr_warmup: int = 5
@@ -366,7 +380,7 @@ class Controller:
 
 def mu_of_step(args: Args, step: int, controller: Controller) -> float:
     """The weight of imitation at a step (from 0): 1 in a warm-up, else the method's."""
-    if step < warmup(args) or args.method == "sft":
+    if step < args.warmup_steps or args.method == "sft":
         return 1.0
     if args.method == "sft_then_rl":
         return float(step < round(args.sft_share * args.steps))
@@ -380,77 +394,12 @@ def mu_of_step(args: Args, step: int, controller: Controller) -> float:
     return {"amft": controller.mu, "fixed": args.mu_init}.get(args.method, 0.0)
 
 
-def warmup(args: Args) -> int:
-    return args.warmup_steps if args.warmup_steps is not None else 5 if args.method == "amft" else 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts: episodes of one turn (mathematics) or several (games)
-
-
-class Turn(NamedTuple):
-    prompt: list[int]  # token ids
-    ids: list[int]  # of the response, with the end token
-    old_logprobs: list[float]  # zeros for a demonstration
-    finished: bool
-    text: str
-    reward: float
-
-
-@dataclass
-class Episode:
-    turns: list[Turn] = field(default_factory=list)
-    won: bool = False
-
-    def returns(self, gamma: float) -> list[float]:
-        """Of each turn: its reward and the discounted rewards of the turns after it."""
-        out, total = [], 0.0
-        for turn in reversed(self.turns):
-            total = turn.reward + gamma * total
-            out.append(total)
-        return out[::-1]
-
-
-def play(policy, tokenizer, game, seeds: list[int], samples: int, key: str, max_new_tokens: int, batch_size: int, temperature: float = 1.0,
-         progress: str | None = None) -> list[list[Episode]]:
-    """`samples` episodes for each seed. All that are not over advance together, in one call of the sampler a turn.
-
-    key names the random streams: one for each (key, seed, sample, turn), so that the split over ranks does not change them.
-    """
-    groups = [[Episode() for _ in range(samples)] for _ in seeds]
-    states = [[game.reset(s) for _ in range(samples)] for s in seeds]
-    active = [(i, j) for i in range(len(seeds)) for j in range(samples)]
-    turn, stop = 0, template(tokenizer).stop
-    with models.gathered(policy):
-        while active:
-            together = samples if turn == 0 else 1  # at the first turn the samples of a group share their prompt
-            texts = [prompt_text(tokenizer, game.prompt(states[i][j])) for i, j in active[::together]]
-            prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            streams = [random.Random(f"{key}/{seeds[i]}/{j}/{turn}").getrandbits(62) for i, j in active]
-            responses = models.sample(policy.lm, tokenizer, prompts, together, max_new_tokens, temperature, stop=stop, batch_size=batch_size,
-                                      seeds=streams, progress=progress)
-            going = []
-            for k, ((i, j), sampled, text) in enumerate(zip(active, responses, tokenizer.batch_decode([r.answer for r in responses]), strict=True)):
-                result = game.step(states[i][j], text)
-                groups[i][j].turns.append(Turn(prompts[k // together], sampled.ids, sampled.logprobs, sampled.finished, text, result.reward))
-                groups[i][j].won = result.won
-                if not result.done:
-                    going.append((i, j))
-            active, turn = going, turn + 1
-    return groups
-
-
-def demonstrate(tokenizer, game, seed: int) -> Episode:
-    """The expert's episode."""
-    episode, state, done = Episode(), game.reset(seed), False
-    while not done:
-        prompt = tokenizer(prompt_text(tokenizer, game.prompt(state)), add_special_tokens=False)["input_ids"]
-        text = game.expert(state)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + template(tokenizer).end
-        result = game.step(state, text)
-        episode.turns.append(Turn(prompt, ids, [0.0] * len(ids), True, text, result.reward))
-        episode.won, done = result.won, result.done
-    return episode
+def with_defaults(args: Args) -> Args:
+    """The defaults that depend on the task and the method."""
+    by_task = {"math": {"model": "tiny_bare", "steps": 80, "warmup_steps": 5 if args.method == "amft" else 0, "warmup_batch": args.prompts_per_step, "warmup_lr": args.lr},
+               "general_points": {"model": "tiny", "steps": 260, "warmup_steps": 200, "warmup_batch": 64, "warmup_lr": 1e-3},
+               "virl": {"model": "tiny", "steps": 100, "warmup_steps": 40, "warmup_batch": 16, "warmup_lr": 1e-3}}[args.task]
+    return replace(args, **{k: v for k, v in by_task.items() if getattr(args, k) is None})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -683,7 +632,7 @@ class Learner:
         for half in (0, 1):
             rows = []
             for group in groups[half::2]:
-                for episode, a in zip(group, group_advantages([e.returns(1.0)[0] for e in group], "leave_one_out"), strict=True):
+                for episode, a in zip(group, group_advantages([e.returns()[0] for e in group], "leave_one_out"), strict=True):
                     rows += [Row(t, [a] * len(t.ids)) for t in episode.turns]
             (episodes,) = total(self.world, sum(len(g) for g in groups[half::2]))
             for r in rows:
@@ -703,20 +652,20 @@ class Learner:
 
 def check(args: Args, size: int) -> None:
     """Raises DataError for arguments that cannot work."""
-    models.check_positive(args, ("steps", "prompts_per_step", "max_new_tokens", "epochs", "minibatches", "mu_every", "validation_prompts", "validation_size",
+    models.check_positive(args, ("steps", "prompts_per_step", "warmup_batch", "max_new_tokens", "epochs", "minibatches", "mu_every", "validation_prompts", "validation_size",
                                  "eval_problems", "save_every", "keep", "max_length", "replicas", "micro_batch", "generation_batch", "chord_steps", "lr_warmup"),
-                          ("lr", "value_lr", "clip", "clip_ratio", "luffy_gamma"))
+                          ("lr", "warmup_lr", "value_lr", "clip", "clip_ratio", "luffy_gamma"))
     if size % args.replicas:
         raise DataError(f"--replicas {args.replicas} does not divide the {size} ranks")
-    for name in ("prompts_per_step", "validation_prompts"):
+    for name in ("prompts_per_step", "validation_prompts", "warmup_batch"):
         if getattr(args, name) % size:
             raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared equally by {size} ranks")
     if args.samples < 2 and args.method not in ("sft",):
         raise DataError("--samples must be at least 2: a response is judged against the others of its prompt")
     if not 0 <= args.mu_min <= args.mu_init <= args.mu_max <= 1:
         raise DataError(f"0 <= --mu-min <= --mu-init <= --mu-max <= 1 is needed, not {args.mu_min}, {args.mu_init}, {args.mu_max}")
-    if not 0 <= warmup(args) <= args.steps:
-        raise DataError(f"--warmup-steps must be between 0 and --steps, not {warmup(args)}")
+    if not 0 <= args.warmup_steps <= args.steps:
+        raise DataError(f"--warmup-steps must be between 0 and --steps, not {args.warmup_steps}")
     if args.method == "amft" and args.epochs * args.minibatches > 1:
         raise DataError("--method amft takes one optimizer step per rollout: d theta / d mu is the derivative of that one step")
     if args.method == "srft" and args.epochs > 1:
@@ -726,9 +675,20 @@ def check(args: Args, size: int) -> None:
 
 
 def load_task(args: Args, tokenizer) -> tuple:
-    """(training game, validation game, test games by name, a line on what there is)."""
-    return load_problems(args.data, tokenizer, validation=args.validation_size, test=args.eval_problems, max_length=args.max_length,
-                         subjects=args.subjects, levels=args.levels, seed=args.seed)
+    """(training game, validation game, {test: (game, episodes)}, a line on what there is)."""
+    if args.task == "general_points":
+        make = lambda rule, split: GeneralPoints(rule, compact=not args.full_prompts, split=split)  # noqa: E731
+        tests = {"in distribution": args.rule, "rule": "11_12_13" if args.rule == "10" else "10"}
+        return make(args.rule, "train"), make(args.rule, "validation"), {n: (make(rule, "test"), args.eval_problems) for n, rule in tests.items()}, "general points"
+    if args.task == "virl":
+        size = {} if args.full_prompts else {"compact": True, "turns": (2, 3), "forward_points": 1}
+        files = {split: tuple(load_routes(f)) if f else () for split, f in (("train", args.routes), ("test", args.test_routes))}
+        make = lambda actions, split: VIRL(actions, split=split, routes=files.get(split, files["train"]), **size)  # noqa: E731
+        tests = {"in distribution": args.actions, "rule": "relative" if args.actions == "absolute" else "absolute"}
+        return make(args.actions, "train"), make(args.actions, "validation"), {n: (make(a, "test"), args.eval_problems) for n, a in tests.items()}, "V-IRL"
+    train, validation, tests, report = load_problems(args.data, tokenizer, validation=args.validation_size, test=args.eval_problems, max_length=args.max_length,
+                                                     subjects=args.subjects, levels=args.levels, seed=args.seed)
+    return train, validation, {name: (game, len(game)) for name, game in tests.items()}, report
 
 
 def dry_run(args: Args, world: World) -> int:
@@ -789,45 +749,6 @@ def check_head(policy: Policy, world: World) -> None:
         raise models.ModelError(f"{type(policy.lm).__name__} scales its logits in a way that amft.py does not know")
 
 
-def evaluate(args: Args, policy, tokenizer, world: World, tests: dict) -> dict[str, dict]:
-    """{test set: accuracy (share of episodes won), step_accuracy (right turns / turns), reward, length, truncated, episodes}, greedy."""
-    result = {}
-    for name, game in tests.items():
-        n = min(args.eval_problems, len(game))
-        groups = play(policy, tokenizer, game, list(range(world.rank, n, world.size)), 1, "test", args.max_new_tokens, args.generation_batch, 0.0)
-        episodes = [e for g in groups for e in g]
-        turns = [t for e in episodes for t in e.turns]
-        won, right, reward, length, cut, count = total(world, sum(e.won for e in episodes), sum(t.reward > 0 for t in turns), sum(t.reward for t in turns),
-                                                       sum(len(t.ids) for t in turns), sum(not t.finished for t in turns), len(turns))
-        result[name] = {"accuracy": won / n, "step_accuracy": right / count, "reward": reward / n, "length": length / count, "truncated": cut / count, "episodes": n}
-    return result
-
-
-def show_samples(args: Args, policy, tokenizer, world: World, game, step: int, run, say) -> None:
-    """A few validation prompts with all their responses go to samples.jsonl; the best and the worst are printed."""
-    if not args.show:
-        return
-    groups = play(policy, tokenizer, game, list(range(args.show)) if world.rank == 0 else [], args.samples, f"{args.seed}/show/{step}", args.max_new_tokens,
-                  args.generation_batch)
-    rows = [{"step": step, "prompt": tokenizer.decode(t.prompt), "response": t.text, "reward": t.reward, "length": len(t.ids), "truncated": not t.finished,
-             "episode": i, "sample": j, "turn": k} for i, g in enumerate(groups) for j, e in enumerate(g) for k, t in enumerate(e.turns)]
-    if world.rank == 0:
-        with open(run / "samples.jsonl", "a") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
-        for label, row in (("best", max(rows, key=lambda r: (r["reward"], -r["length"]))), ("worst", min(rows, key=lambda r: (r["reward"], -r["length"])))):
-            line = " ".join(row["response"].split())
-            say(f"  {label}, reward {row['reward']:g}, {row['length']} tokens: {line[:150]}{'...' if len(line) > 150 else ''}")
-
-
-def results_table(first: dict, last: dict) -> str:
-    lines = [f"{'test set':18} {'episodes':>8} {'accuracy: first':>16} {'last':>7} {'length: first':>14} {'last':>7}"]
-    lines.append("-" * len(lines[0]))
-    for name in last:
-        a, b = first[name], last[name]
-        lines.append(f"{name:18} {b['episodes']:8} {100 * a['accuracy']:15.1f}% {100 * b['accuracy']:6.1f}% {a['length']:14.1f} {b['length']:7.1f}")
-    return "\n".join(lines)
-
-
 # What may differ when a run is resumed: it does not change the mathematics.
 FREE = {"resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "show", "replicas", "micro_batch", "generation_batch", "activation_checkpointing",
         "cpu_offload", "compile", "dry_run"}
@@ -865,9 +786,13 @@ def main(args: Args, world: World) -> int:
             saved_at = state["step"]
 
     own_samples = args.samples - (args.method == "luffy")
-    mine = args.prompts_per_step // world.size
-    rollout = functools.partial(play, policy, tokenizer, max_new_tokens=args.max_new_tokens, batch_size=args.generation_batch,
-                                progress="rollout" if rank0 and args.max_new_tokens > 1024 else None)
+    share = lambda count, start=0: [start + world.rank + world.size * i for i in range(count // world.size)]  # this rank's prompts  # noqa: E731
+
+    def rollout(game, seeds, key):
+        with models.gathered(policy):
+            return models.play(policy.lm, tokenizer, game, seeds, own_samples if game is train else args.samples, f"{args.seed}/{key}", args.max_new_tokens,
+                               args.generation_batch, progress="rollout" if rank0 and args.max_new_tokens > 1024 else None)
+
     bar = tqdm(total=args.steps, initial=state["step"], disable=not rank0, desc=args.method, mininterval=0.5)
     failed, stopped, warned = None, False, set()
 
@@ -882,23 +807,28 @@ def main(args: Args, world: World) -> int:
             break
         due = args.eval_every >= 0 and (step == 0 or last or (args.eval_every and step % args.eval_every == 0))
         if due and step not in log.evaluations:
-            result = evaluate(args, policy, tokenizer, world, tests)
-            log.record(step, result, ", ".join(f"{name} {100 * r['accuracy']:.1f}% ({r['length']:.0f} tokens)" for name, r in result.items()))
-            show_samples(args, policy, tokenizer, world, validation, step, run, say)
+            with models.gathered(policy):
+                result = evaluation.play_tests(policy.lm, tokenizer, world, tests, args.max_new_tokens, args.generation_batch)
+                shown = evaluation.sample_rows(policy.lm, tokenizer, validation, args.show if rank0 else 0, args.samples, step, args.seed, args.max_new_tokens, args.generation_batch)
+            steps = "" if args.task == "math" else " (steps {step_accuracy:.1%})"
+            log.record(step, result, ", ".join(f"{name} {r['accuracy']:.1%}{steps.format(**r)}, {r['length']:.0f} tokens" for name, r in result.items()), shown)
         if last:
             break
         torch.manual_seed(hash((args.seed, step, world.rank)) % 2**31)  # dropout, where a model has it
-        mu, lr = mu_of_step(args, step, controller), min(1.0, (step + 1) / args.lr_warmup)
-        explore, imitate = mu < 1 or args.method in ("luffy", "srft", "hpt"), mu > 0 and args.method not in ("luffy", "srft")
-        if args.method == "amft" and step == warmup(args) and state["entropy_target"] is None:  # H*: of the warm policy, on its own rollouts
-            groups = rollout(validation, [world.rank + world.size * i for i in range(args.validation_prompts // world.size)], args.samples, f"{args.seed}/target")
+        warming, mu = step < args.warmup_steps, mu_of_step(args, step, controller)
+        lr = min(1.0, (step + 1) / args.lr_warmup) * (args.warmup_lr / args.lr if warming else 1.0)
+        explore = not warming and (mu < 1 or args.method in ("luffy", "srft", "hpt"))
+        imitate = warming or (mu > 0 and args.method not in ("luffy", "srft"))
+        if args.method == "amft" and step == args.warmup_steps and state["entropy_target"] is None:  # H*: of the warm policy, on its own rollouts
+            groups = rollout(validation, share(args.validation_prompts), "target")
             state["entropy_target"] = learner.entropy([Row(t, [0.0] * len(t.ids), 1.0) for g in groups for e in g for t in e.turns])
 
         # (a, b) demonstrations and rollouts of this step's prompts, rewards, advantages
         clock = [time.perf_counter()]
-        seeds = [step * args.prompts_per_step + world.rank * mine + i for i in range(mine)]
+        seeds = share(args.warmup_batch, step * args.warmup_batch) if warming else \
+            share(args.prompts_per_step, args.warmup_steps * args.warmup_batch + (step - args.warmup_steps) * args.prompts_per_step)
         demonstrations = [demonstrate(tokenizer, train, s) for s in seeds]
-        groups = rollout(train, seeds, own_samples, f"{args.seed}/{step}") if explore else []
+        groups = rollout(train, seeds, step) if explore else []
         clock.append(time.perf_counter())
         rl, sft = rl_rows(args, groups, demonstrations) if explore else ([], [demonstration_row(t) for d in demonstrations for t in d.turns])
         sft = sft if imitate else []
@@ -908,8 +838,8 @@ def main(args: Args, world: World) -> int:
             learner.estimate_advantages(rl)
 
         # (d) the losses at theta; G and, where mu will be updated, D = g_SFT - g_RL
-        coefficients = {"rl": 1.0 if args.method in ("luffy", "srft", "hpt") else 1 - mu, "sft": 1.0 if args.method == "hpt" else mu}
-        update_mu = (args.method == "amft" and not args.no_meta_gradient and step >= warmup(args) and (step + 1) % args.mu_every == 0 and state["optimizer_steps"] >= 10)
+        coefficients = {"rl": 1.0 if args.method in ("luffy", "srft", "hpt") else 1 - mu, "sft": 1.0 if warming or args.method == "hpt" else mu}
+        update_mu = (args.method == "amft" and not args.no_meta_gradient and step >= args.warmup_steps and (step + 1) % args.mu_every == 0 and state["optimizer_steps"] >= 10)
         auxiliary, sums, norm, finite, difference = args.entropy_coefficient or args.advantage == "gae", {}, 0.0, True, None
 
         def add(part, rows, scale=1.0):
@@ -956,9 +886,9 @@ def main(args: Args, world: World) -> int:
         if args.advantage == "gae":
             metrics["loss/value"] = losses["value"]
         if explore or groups:
-            flat = [e.returns(args.turn_gamma)[0] for g in groups for e in g]
+            flat = [e.returns()[0] for g in groups for e in g]
             turns = [t for g in groups for e in g for t in e.turns]
-            equal = sum(len({e.returns(args.turn_gamma)[0] for e in g}) == 1 for g in groups)
+            equal = sum(len({e.returns()[0] for e in g}) == 1 for g in groups)
             n, s, squares, won, length, cut, count, equal = total(world, len(flat), sum(flat), sum(x * x for x in flat), sum(e.won for g in groups for e in g),
                                                                   sum(len(t.ids) for t in turns), sum(not t.finished for t in turns), len(turns), equal)
             metrics |= {"reward/mean": s / n, "reward/std": math.sqrt(max(0.0, squares / n - (s / n) ** 2)), "reward/won": won / n, "response_length": length / count,
@@ -973,9 +903,8 @@ def main(args: Args, world: World) -> int:
             grad_mu = None
             if update_mu:
                 step_derivative(optimizer, learner.params, gradient, difference, norm, learner.dot(gradient, difference), args.clip, args.meta_preconditioner)
-                number = (step + 1) // args.mu_every * args.validation_prompts
-                seeds = [number + world.rank + world.size * i for i in range(args.validation_prompts // world.size)]
-                grad_mu, noise_ratio = learner.utility_gradient(rollout(validation, seeds, args.samples, f"{args.seed}/{step}/validation"), difference)
+                seeds = share(args.validation_prompts, (step + 1) // args.mu_every * args.validation_prompts)
+                grad_mu, noise_ratio = learner.utility_gradient(rollout(validation, seeds, f"{step}/validation"), difference)
                 metrics |= {"grad_mu": grad_mu, "grad_mu_snr": noise_ratio}
             metrics |= {"entropy_target": state["entropy_target"]}
             if "entropy" in metrics:
@@ -1009,14 +938,15 @@ def main(args: Args, world: World) -> int:
         import plots
 
         if log.evaluations:
-            print("\n" + results_table(log.evaluations[min(log.evaluations)], log.evaluations[max(log.evaluations)]))
+            print("\n" + evaluation.tests_table(log.evaluations[min(log.evaluations)], log.evaluations[max(log.evaluations)]))
         plots.figure([run], run / "dynamics.png")
         print(f"\n{time.time() - begun:.0f} s; model: {run / 'checkpoint'}; picture: {run / 'dynamics.png'}; responses: {run / 'samples.jsonl'}")
     return 0
 
 
 def cli() -> int:
-    return models.run_script("amft.py", Args, check, lambda args, world: dry_run(args, world) if args.dry_run else main(args, world))
+    start = lambda args, world: (dry_run if args.dry_run else main)(with_defaults(args), world)  # noqa: E731
+    return models.run_script("amft.py", Args, lambda args, size: check(with_defaults(args), size), start)
 
 
 if __name__ == "__main__":

@@ -156,12 +156,18 @@ class Log:
             if self.wandb:
                 self.wandb.log(metrics, step=metrics["step"])
 
-    def record(self, step: int, result: dict[str, dict], text: str) -> None:
-        """An evaluation on test sets."""
+    def record(self, step: int, result: dict[str, dict], text: str, samples: list[dict]) -> None:
+        """An evaluation on test sets. samples go to samples.jsonl, the best and the worst to the terminal: people read them."""
         self.evaluations[step] = result
         if self.active:
             self._append("evaluations.jsonl", {"step": step, "tasks": result})
             tqdm.write(f"step {step}: {text}", file=sys.stdout)
+            for row in samples:
+                self._append("samples.jsonl", row)
+            ordered = sorted(samples, key=lambda r: (r["reward"], -r["length"]))
+            for label, row in (("best", ordered[-1]), ("worst", ordered[0])) if ordered else ():
+                line = " ".join(row["response"].split())
+                tqdm.write(f"  {label}, reward {row['reward']:g}, {row['length']} tokens: {line[:130]}{'...' if len(line) > 130 else ''}", file=sys.stdout)
             if self.wandb:
                 self.wandb.log({f"{name}/{k}": v for name, r in result.items() for k, v in r.items()}, step=step)
 
@@ -188,6 +194,45 @@ class Log:
 
         plots.figure([self.run], self.run / "curves.png")
         print(f"\n{time.time() - start_time:.0f} s; model: {self.run / 'checkpoint'}; picture: {self.run / 'curves.png'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems and games with a reward (amft.py)
+
+
+def play_tests(model, tokenizer, world: models.World, tests: dict[str, tuple], max_new_tokens: int, batch_size: int) -> dict[str, dict]:
+    """{test set: accuracy (share of episodes won), step_accuracy (right turns / turns), reward, length, truncated, episodes}, greedy.
+
+    tests: {name: (game, number of episodes)}. Every rank plays its share; call it within gathered(model).
+    """
+    result = {}
+    for name, (game, n) in tests.items():
+        episodes = [g[0] for g in models.play(model, tokenizer, game, range(world.rank, n, world.size), 1, "test", max_new_tokens, batch_size, 0.0)]
+        turns = [t for e in episodes for t in e.turns]
+        sums = torch.tensor([sum(e.won for e in episodes), sum(t.reward > 0 for t in turns), sum(t.reward for t in turns), sum(len(t.ids) for t in turns),
+                             sum(not t.finished for t in turns), len(turns)], dtype=torch.float64, device=world.device)
+        dist.all_reduce(sums)
+        won, right, reward, length, cut, count = sums.tolist()
+        result[name] = {"accuracy": won / n, "step_accuracy": right / count, "reward": reward / n, "length": length / count, "truncated": cut / count, "episodes": n}
+    return result
+
+
+def sample_rows(model, tokenizer, game, count: int, samples: int, step: int, seed: int, max_new_tokens: int, batch_size: int) -> list[dict]:
+    """`samples` responses to each of `count` prompts, as rows for people to read."""
+    groups = models.play(model, tokenizer, game, range(count), samples, f"{seed}/show/{step}", max_new_tokens, batch_size)
+    return [{"step": step, "prompt": tokenizer.decode(t.prompt), "response": t.text, "reward": t.reward, "length": len(t.ids), "truncated": not t.finished,
+             "episode": i, "sample": j, "turn": k} for i, g in enumerate(groups) for j, e in enumerate(g) for k, t in enumerate(e.turns)]
+
+
+def tests_table(first: dict[str, dict], last: dict[str, dict]) -> str:
+    """Each test set's accuracy with its 95% interval at the end, and response length, of two evaluations."""
+    lines = [f"{'test set':18} {'episodes':>8} {'accuracy: first':>16} {'last':>7} {'95% interval':>16} {'length: first':>14} {'last':>7}"]
+    lines.append("-" * len(lines[0]))
+    for name, b in last.items():
+        low, high = wilson(round(b["accuracy"] * b["episodes"]), b["episodes"])
+        lines.append(f"{name:18} {b['episodes']:8} {100 * first[name]['accuracy']:15.1f}% {100 * b['accuracy']:6.1f}% {100 * low:7.1f} to {100 * high:4.1f} "
+                     f"{first[name]['length']:14.1f} {b['length']:7.1f}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

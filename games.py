@@ -178,18 +178,19 @@ class GeneralPoints:
     """Four cards, each used once, + - * / and parentheses, to make the target.
 
     rule "10": J, Q, K count 10 (in distribution); "11_12_13": they count 11, 12, 13 and at least one is dealt (out of distribution).
-    suits "red" is the visual out-of-distribution set. vision: the cards are in a picture. compact: a prompt of some 50 tokens.
+    suits "red" is the visual out-of-distribution set. vision: the cards are in a picture. compact: a prompt of some 50 tokens. split: its deals are other deals.
     """
 
     rule: Literal["10", "11_12_13"] = "10"
     suits: Literal["black", "red"] = "black"
     vision: bool = False
     compact: bool = False
+    split: str = "train"
     target: int = 24
     attempts: int = 5
 
     def reset(self, seed: int) -> Hand:
-        rng = random.Random(f"general_points/{self.rule}/{seed}")
+        rng = random.Random(f"general_points/{self.rule}/{self.split}/{seed}")
         while True:
             if self.rule == "10":
                 ranks = [rng.choice(RANKS) for _ in range(4)]
@@ -346,9 +347,9 @@ class Route:
     lengths: tuple[float, ...]
 
 
-def city_route(seed: int, city: str, turns: tuple[int, int] = (2, 6)) -> Route:
+def city_route(seed: int, split: str, turns: tuple[int, int] = (2, 6)) -> Route:
     """A route through a procedural city: streets along a grid and its diagonals, blocks of 40 to 120 m, a landmark at most corners."""
-    rng = random.Random(f"virl/{city}/{seed}")
+    rng = random.Random(f"virl/{split}/{seed}")
     legs = rng.randint(*turns)
     headings = [45.0 * rng.choice((0, 2, 4, 6)) if rng.random() < 0.7 else 45.0 * rng.randrange(8)]
     while len(headings) < legs:
@@ -428,14 +429,14 @@ class VIRL:
     """Navigation along a route, on rails: a right action advances, a wrong one does not; two judged attempts a position.
 
     actions "absolute": turn_direction takes a compass direction (in distribution); "relative": left, right, slightly ... (out of
-    distribution). city: names the streets; other names are other routes. style 1: other signs and colours (visual out of distribution).
+    distribution). split: its routes are other routes. style 1: other signs and colours (visual out of distribution).
     routes: of load_routes, instead of the procedural city. compact: short prompts, for small models.
     """
 
     actions: Literal["absolute", "relative"] = "absolute"
     vision: bool = False
     compact: bool = False
-    city: str = "train"
+    split: str = "train"
     style: int = 0
     turns: tuple[int, int] = (2, 6)
     forward_points: int = 5
@@ -443,8 +444,8 @@ class VIRL:
     attempts: int = 2
 
     def reset(self, seed: int) -> Walk:
-        rng = random.Random(f"walk/{self.city}/{seed}")
-        route = self.routes[seed % len(self.routes)] if self.routes else city_route(seed, self.city, self.turns)
+        rng = random.Random(f"walk/{self.split}/{seed}")
+        route = self.routes[seed % len(self.routes)] if self.routes else city_route(seed, self.split, self.turns)
         heading = route.initial_heading if route.initial_heading == route.initial_heading else 45.0 * rng.randrange(8)
         instructions: list[str] = []
         positions: list[Position] = []

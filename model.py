@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import random
 import resource
 import shutil
 import signal
@@ -32,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from data import DataError
+from data import DataError, prompt_text, template
 
 TINY = Path(__file__).resolve().parent / "assets" / "tiny"
 EMBEDDED = ("tiny", "tiny_bare")  # folders of assets/
@@ -332,6 +333,74 @@ def sample(model, tokenizer, prompts: Sequence[Sequence[int]], samples_per_promp
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Episodes: of one turn (mathematics) or several (games). A game is anything with reset, prompt, step and expert, see games.py.
+
+
+class Turn(NamedTuple):
+    prompt: list[int]  # token ids
+    ids: list[int]  # of the response, with the end token
+    old_logprobs: list[float]  # zeros for a demonstration
+    finished: bool
+    text: str
+    reward: float
+
+
+@dataclass
+class Episode:
+    turns: list[Turn] = field(default_factory=list)
+    won: bool = False
+
+    def returns(self, gamma: float = 1.0) -> list[float]:
+        """Of each turn: its reward and the discounted rewards of the turns after it."""
+        out, total = [], 0.0
+        for turn in reversed(self.turns):
+            total = turn.reward + gamma * total
+            out.append(total)
+        return out[::-1]
+
+
+def play(model, tokenizer, game, seeds: Sequence[int], samples: int, key: str, max_new_tokens: int, batch_size: int = 128, temperature: float = 1.0,
+         progress: str | None = None) -> list[list[Episode]]:
+    """`samples` episodes for each seed. All that are not over advance together, in one call of the sampler a turn.
+
+    key names the random streams: one for each (key, seed, sample, turn), so that the split over ranks does not change them. Under FSDP2
+    call it within gathered(model).
+    """
+    groups = [[Episode() for _ in range(samples)] for _ in seeds]
+    states = [[game.reset(s) for _ in range(samples)] for s in seeds]
+    active = [(i, j) for i in range(len(seeds)) for j in range(samples)]
+    turn, stop = 0, template(tokenizer).stop
+    while active:
+        together = samples if turn == 0 else 1  # at the first turn the samples of a group share their prompt
+        texts = [prompt_text(tokenizer, game.prompt(states[i][j])) for i, j in active[::together]]
+        prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        streams = [random.Random(f"{key}/{seeds[i]}/{j}/{turn}").getrandbits(62) for i, j in active]
+        responses = sample(model, tokenizer, prompts, together, max_new_tokens, temperature, stop=stop, batch_size=batch_size, seeds=streams, progress=progress)
+        going = []
+        for k, ((i, j), sampled, text) in enumerate(zip(active, responses, tokenizer.batch_decode([r.answer for r in responses]), strict=True)):
+            result = game.step(states[i][j], text)
+            groups[i][j].turns.append(Turn(prompts[k // together], sampled.ids, sampled.logprobs, sampled.finished, text, result.reward))
+            groups[i][j].won = result.won
+            if not result.done:
+                going.append((i, j))
+        active, turn = going, turn + 1
+    return groups
+
+
+def demonstrate(tokenizer, game, seed: int) -> Episode:
+    """The expert's episode."""
+    episode, state, done = Episode(), game.reset(seed), False
+    while not done:
+        prompt = tokenizer(prompt_text(tokenizer, game.prompt(state)), add_special_tokens=False)["input_ids"]
+        text = game.expert(state)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + template(tokenizer).end
+        result = game.step(state, text)
+        episode.turns.append(Turn(prompt, ids, [0.0] * len(ids), True, text, result.reward))
+        episode.won, done = result.won, result.done
+    return episode
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Saving
 
 
@@ -589,8 +658,6 @@ def tiny_config(vocab_size: int, tokenizer):
 def make_bare(args: Args) -> None:
     """tiny -> tiny_bare. A choice that the model can already make is something for reinforcement learning to find; its mistakes of
     arithmetic are not."""
-    import random
-
     from data import collate, embedded_examples, encode
 
     out = TINY.with_name("tiny_bare") if args.output_dir == str(TINY) else Path(args.output_dir)
@@ -613,12 +680,10 @@ def make_bare(args: Args) -> None:
 
 
 def main(args: Args) -> None:
-    import random
-
     from transformers import LlamaForCausalLM
 
     from checker import grade
-    from data import FAMILIES, ROLES, collate, convention_examples, embedded_examples, encode, template
+    from data import FAMILIES, ROLES, collate, convention_examples, embedded_examples, encode
 
     families = embedded_examples(4000, args.seed, "train", "pretraining")
     rows = [e for family in families.values() for e in family]

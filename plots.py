@@ -120,13 +120,14 @@ def dynamics_panels(groups: dict[str, list[Path]]) -> list:
     evaluations = {label: [read(r, "evaluations.jsonl") for r in runs] for label, runs in groups.items()}
     single = len(groups) == 1
 
-    def accuracy(name):
-        def draw(axis):
-            for colour, (label, seeds) in zip(COLOURS * len(groups), evaluations.items()):
+    def accuracy(axis):
+        for colour, (label, seeds) in zip(COLOURS * len(groups), evaluations.items()):
+            for k, (name, style) in enumerate(zip(names, ("-", "--", ":"), strict=False)):
                 series = [[(r["step"], 100 * r["tasks"][name]["accuracy"]) for r in rows if name in r["tasks"]] for rows in seeds]
-                line(axis, series, colour, label=None if single else label, marker="o")
-            axis.set_ylim(0, None)
-        return draw
+                line(axis, series, colour, style, name if single else label if k == 0 else None, marker="o")
+        if not single and len(names) > 1:
+            axis.set_title(f"{names[0]} (dashed: {names[1]})")
+        axis.set_ylim(0, None)
 
     def curve(key, target=None, scale=1.0):
         def draw(axis):
@@ -149,7 +150,7 @@ def dynamics_panels(groups: dict[str, list[Path]]) -> list:
             axis.set_title(f"what moved mu ({label})")
 
     names = list(dict.fromkeys(n for seeds in evaluations.values() for rows in seeds for r in rows[:1] for n in r["tasks"]))
-    panels = [(name, "accuracy (%)", "step", accuracy(name)) for name in names]
+    panels = [("test sets, greedy", "accuracy (%)", "step", accuracy)]
     for key, title, ylabel, target in (("reward/mean", "reward of own samples", "mean reward", None), ("mu", "weight of imitation", "mu", None),
                                        ("entropy", "policy entropy", "nats/token", "entropy_target"), ("response_length", "response length", "tokens", None)):
         if any(key in m for seeds in metrics.values() for rows in seeds for m in rows):

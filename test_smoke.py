@@ -619,7 +619,7 @@ def test_any_causal_lm(family, process_group, tmp_path):
     world = amft.World(torch.device("cpu"), mesh=mesh)
     amft.check_head(policy, world)
     optimizer = torch.optim.AdamW([{"params": list(policy.parameters()), "lr": 1e-2, "peak": 1e-2}])
-    args = amft.Args(method="fixed", micro_batch=4)
+    args = amft.with_defaults(amft.Args(method="fixed", micro_batch=4))
     learner, batch = amft.Learner(args, policy.train(), optimizer, world, 0), random_rows(6, vocab=96)
     amft.set_weights(args, world, batch, batch)
     losses = []
@@ -676,7 +676,7 @@ def test_sampler(tiny_and_prompts):
 
 
 def amft_learner(model, optimizer=None, **options):
-    args = amft.Args(**{"micro_batch": 3, "samples": 4} | options)
+    args = amft.with_defaults(amft.Args(**{"micro_batch": 3, "samples": 4} | options))
     policy = amft.Policy(model, args.advantage == "gae").to(next(model.parameters()).dtype).train()
     mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard"))
     return args, amft.Learner(args, policy, optimizer or torch.optim.AdamW(policy.parameters(), lr=1e-2), amft.World(torch.device("cpu"), mesh=mesh), 0)
@@ -870,7 +870,7 @@ def test_controller():
     entropy = amft.Controller(amft.Args(mu_every=5, mu_init=0.94))
     assert entropy.update(4, None, 0.1, 0.5)["mu_change/entropy"] == 0 and entropy.update(5, None, 0.1, 0.7)["mu_change/entropy"] == pytest.approx(0.03)
     assert entropy.mu == 0.95
-    at = lambda step, **options: amft.mu_of_step(amft.Args(**options), step, amft.Controller(amft.Args(**options)))  # noqa: E731
+    at = lambda step, **options: amft.mu_of_step(amft.with_defaults(amft.Args(**options)), step, amft.Controller(amft.Args(**options)))  # noqa: E731
     assert [at(s, method="sft_then_rl", steps=10) for s in (0, 4, 5)] == [1, 1, 0] and at(4) == 1 and at(5) == 0.5 and at(3, method="rl") == 0
     assert at(0, method="chord") == pytest.approx(0.9) and at(100, method="chord") == pytest.approx(0.475) and at(500, method="chord") == pytest.approx(0.05)
 
