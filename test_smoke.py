@@ -5,6 +5,7 @@ runs, two ranks with one. Run as a script under torchrun this file is the two-ra
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import checker
 import data
 import eval as evaluation
 import fomaml
+import games
 import meta_lora
 import model as models
 from data import Encoded, Episode, Example
@@ -873,6 +875,191 @@ def test_controller():
     at = lambda step, **options: amft.mu_of_step(amft.with_defaults(amft.Args(**options)), step, amft.Controller(amft.Args(**options)))  # noqa: E731
     assert [at(s, method="sft_then_rl", steps=10) for s in (0, 4, 5)] == [1, 1, 0] and at(4) == 1 and at(5) == 0.5 and at(3, method="rl") == 0
     assert at(0, method="chord") == pytest.approx(0.9) and at(100, method="chord") == pytest.approx(0.475) and at(500, method="chord") == pytest.approx(0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The games
+
+
+def test_general_points_solver():
+    """The known numbers of solvable hands; every solution evaluates to 24 with each number used once; a hand with only fractions."""
+    hands = {n: list(itertools.combinations_with_replacement(range(1, n + 1), 4)) for n in (10, 13)}
+    assert {n: (len(h), sum(games.solvable(x) for x in h)) for n, h in hands.items()} == {10: (715, 566), 13: (1820, 1362)}
+    for hand in hands[13][::37]:
+        found = games.solutions(hand, 24)
+        assert bool(found) == games.solvable(hand)
+        for formula in found:
+            value, used = games.evaluate(formula)
+            # Python's own arithmetic on Fractions, on a text of our own making
+            assert value == 24 == eval(re.sub(r"(\d+)", r"Fraction(\1)", formula)) and sorted(used) == list(hand)
+    assert "8/(3-8/3)" in games.solutions((3, 3, 8, 8), 24) and games.evaluate(" -( 2 - 3) *24 ") == (24, [2, 3, 24])
+
+
+def play_expert(game, seed):
+    state, done, results = game.reset(seed), False, []
+    while not done:
+        results.append(game.step(state, game.expert(state)))
+        done = results[-1].done
+    return results
+
+
+GAMES = [games.GeneralPoints(), games.GeneralPoints("11_12_13"), games.GeneralPoints(suits="red", vision=True), games.GeneralPoints(compact=True), games.VIRL(),
+         games.VIRL("relative"), games.VIRL("relative", compact=True, turns=(2, 3), forward_points=1), games.VIRL(style=1, vision=True)]
+
+
+def test_the_expert_wins():
+    """1,000 of 1,000 episodes of each game and variant; every step the best reward; seeds give the same episode."""
+    for game in GAMES:
+        for seed in range(1000):
+            results = play_expert(game, seed)
+            assert results[-1].won and all(r.reward == (5 if isinstance(game, games.GeneralPoints) else 1) for r in results)
+        assert game.reset(7) == game.reset(7) != game.reset(8)
+    hands = [games.GeneralPoints("11_12_13").reset(i) for i in range(200)]
+    assert all(any(r in "JQK" for r, _ in h.cards) for h in hands) and all(s in ("spades", "clubs") for h in hands for _, s in h.cards)
+    walks = [games.VIRL().reset(i) for i in range(200)]
+    assert all(not w.positions[0].intersection and not w.positions[-1].intersection and w.positions[-1].action == "stop()" for w in walks)
+    assert len({games.VIRL(split=s).reset(i).instructions[0] + str(games.VIRL(split=s).reset(i).positions) for s in ("train", "test") for i in range(100)}) == 200
+
+
+def test_general_points_rewards():
+    """Each reward and message of the specification, reached by a hand-written answer."""
+    def judged(answer, vision=False, cards="4 7 8 8"):
+        game = games.GeneralPoints(vision=vision)
+        hand = games.Hand(0, [(c, "clubs") for c in cards.split()], [game._value(c) for c in cards.split()])
+        return game.step(hand, answer if answer.startswith("{") or " " in answer else json.dumps({"cards": cards.split(), "number": [], "formula": answer}))
+
+    for formula, reward, message in (("(7-8/8)*4=24", 5, "Right."), (" (7 - 8/8) * 4", 5, "Right."), ("-(8/8-7)*4=24", 5, "Right."), ("7+8+8+4=24", -1, "gives 27"), ("(7-9/9)*4=24", -4, "uses a number"),
+                                     ("(7-8/8)*4+8=24", -2, "uses a number"), ("4*7=24", -2, "leaves a number out"), ("(7-8/8)*3=24", -4, "uses a number"), ("8/(8-8)*7+4", -3, "division by zero"), ("((7-8/8)*4=24", -3, "illegal"),
+                                     ("7**8", -3, "illegal"), ("7-8/8)*4", -3, "illegal"), ("", -3, "illegal"), ("24=(7-8/8)*4", -4, "uses a number"), ("7 - 8\\u00b2", -3, "illegal")):
+        result = judged(json.dumps({"formula": formula}))
+        assert (result.reward, result.won) == (reward, reward == 5) and message in result.message, (formula, result)
+    assert judged("no formula here").reward == -3 and judged('The answer: "formula": "(7-8/8)*4=24" }').won and judged('{"formula": 24}').reward == -3
+    assert judged('{"formula": "8/(3-8/3)=24"}', cards="3 3 8 8").won and judged('{"cards": ["10"], "formula": "(10-4)*4/A"}', cards="Q 4 4 A").reward == -3
+    assert judged('{"formula": "(10-4)*4/1"}', cards="Q 4 4 A").won
+    good = '{"cards": ["8", "7", "4", "8"], "number": [], "formula": "(7-8/8)*4=24"}'
+    assert judged(good, vision=True).won and judged(good.replace('"8", "7"', '"9", "7"'), vision=True).reward == -1.5 and judged("garbage !", vision=True).reward == -1.5
+    game = games.GeneralPoints()
+    hand = game.reset(0)
+    results = [game.step(hand, "{}") for _ in range(5)]
+    assert [r.done for r in results] == [False] * 4 + [True] and not any(r.won for r in results) and len(game.prompt(hand)) == 11
+    assert game.prompt(hand)[2] == {"role": "user", "content": "There is no formula in your answer. Try again."}
+
+
+def test_virl_rewards():
+    """Rewards, the rails, the two attempts, and the direction words by hand."""
+    assert [games.turn(0, x) for x in (45, 46, 90, 180, 315, 270, 225)] == ["slightly right", "right", "right", "right", "slightly left", "left", "left"]
+    assert games.turn(350, 30) == "slightly right" and games.wrap(-180) == 180 and games.bearing(-45) == "left front" and games.compass(181) == "south"
+    route = games.Route(90, (0, 270), ((("Old Bank", 90),), (("Red Cafe", 180),)), (50, 50))
+    game = games.VIRL(routes=(route,), forward_points=0)
+    walk = game.reset(0)
+    assert walk.instructions == ["First, turn left to face north.", "Move forward until you reach next intersection where Old Bank is on your right.",
+                                 "Turn left to face west.", "Move forward until you reach destination where Red Cafe is on your left."]
+    assert [(games.observation(p), p.instruction, p.action) for p in walk.positions] == [
+        ("No landmarks nearby; no intersection", 0, "turn_direction(north)"), ("No landmarks nearby; no intersection", 1, "forward()"),
+        ("Old Bank on your right; you are at an intersection", 2, "turn_direction(west)"), ("Old Bank on your behind; you are at an intersection", 3, "forward()"),
+        ("Red Cafe on your left; no intersection", 3, "stop()")]
+    relative = games.VIRL("relative", routes=(route,), forward_points=0).reset(0)
+    assert [p.action for p in relative.positions] == ["turn_direction(left)", "forward()", "turn_direction(left)", "forward()", "stop()"]
+    say = lambda action, see=None, follow=None: json.dumps({k: v for k, v in (("current observation", see), ("current instruction", follow), ("action", action)) if v})  # noqa: E731
+    right_see, right_follow = "Old Bank on your right; you are at an intersection", "Turn left to face west."
+    for answer, reward, message in ((say("forward()"), -1, "forward() is not the right action"), (say("forward()", right_see, right_follow), -1, "not the right"),
+                                    (say("forward()", "No landmarks nearby; you are at an intersection", right_follow), -1.5, "observation"), (say("forward()", right_see.replace("right", "left"), right_follow), -1.5, "observation"),
+                                    (say("forward()", "Old Bank on your right; no intersection", right_follow), -1.5, "observation"), (say("forward()", right_see, walk.instructions[1]), -1.75, "Another instruction"),
+                                    (say("forward()", "Red Cafe", walk.instructions[1]), -1.75, "Another instruction"), ("garbage", -1, "no action"), (say("turn_direction(west)", "nonsense", "nonsense"), 1, "Right."),
+                                    (say(" Turn_Direction(west) "), 1, "Right.")):
+        walk = game.reset(0)
+        for action in ("turn_direction(north)", "forward()"):
+            assert game.step(walk, say(action)).reward == 1
+        result = game.step(walk, answer)
+        assert result.reward == reward and message in result.message and not result.done, (answer, result)
+        if reward < 0:
+            assert len(game.prompt(walk)) == 3 and walk.place == 2
+            assert game.step(walk, say("turn_direction(west)")).reward == 1 and len(game.prompt(walk)) == 1  # the failed attempt is forgotten
+            assert "Old Bank on your right; you are at an intersection -> turn_direction(west)" in game.prompt(walk)[0]["content"]
+    walk = game.reset(0)
+    results = [game.step(walk, say("stop()")) for _ in range(2)]
+    assert [r.done for r in results] == [False, True] and not results[1].won and game.step(walk, say("forward()")).done
+
+
+@pytest.mark.parametrize("game", [games.GeneralPoints(), games.VIRL()], ids=["general_points", "virl"])
+def test_hostile_game_outputs(game):
+    """20,000 random and mutated answers and the checker's hostile strings: a reward, a message, no exception, under 20 ms."""
+    rng = random.Random(0)
+    alphabet = '{}[]"\'\\:,.0123456789+-*/()= \n\tabcAKQJ\u00e9\u4e2d\x00'
+    hostile = []
+    if SHARED.is_dir():
+        for line in (SHARED / "checker" / "hostile.jsonl").read_text().splitlines():
+            hostile += [str(v) for v in json.loads(line).values()]
+    hostile += ["[" * 100_000, "{" * 100_000, '{"formula": "' + "(" * 100_000, '{"formula": "' + "9" * 5000 + '"}', '{"number": ' + "9" * 7000 + "}", "9" * 100_000, '{"action": ' * 9000, '"' * 100_000,
+                '{"formula": "' + "1+" * 90 + '1"}', '{"formula": "' + "(" * 30 + "1" + ")" * 30 + '"}', '{"formula": "9999/1*' + "9999*" * 40 + '1"}']
+    worst = 0.0
+    for i in range(20_000 + len(hostile)):
+        state = game.reset(i % 50)
+        expert = game.expert(state)
+        if i < len(hostile):
+            text = hostile[i]
+        elif i % 2:
+            text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 80)))
+        else:
+            chars = list(expert)
+            for _ in range(rng.randint(1, 6)):
+                chars[rng.randrange(len(chars))] = rng.choice(alphabet)
+            text = "".join(chars)
+        start = time.perf_counter()
+        result = game.step(state, text)
+        seconds = time.perf_counter() - start
+        worst = max(worst, seconds if seconds < 0.02 else min(seconds, timed(lambda: game.step(game.reset(i % 50), text))))
+        assert isinstance(result.reward, float) and isinstance(result.message, str) and len(result.message) < 300
+    assert worst < 0.02
+
+
+def timed(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def test_route_files(tmp_path):
+    """A small file in the original's format; the expert walks it; wrong files are one clear line."""
+    route = {"start_place": {"relocated_geocode": [40.0, -74.0]}, "init_heading": 0, "dest_place": {},
+             "milestone_info": {"0": {"landmarks": [{"name": "Deli", "bearing": "right"}], "to_next_intersection_heading": "2 (north)"},
+                                "1": {"landmarks": ["Bank of Us is on your left"], "to_next_intersection_heading": "91 (east)"},
+                                "2": {"landmarks": [], "to_next_intersection_heading": ""}},
+             "route_results": {"geocode_list": [[40.0, -74.0], [40.001, -74.0], [40.001, -73.998]]}, "landmark_list": []}
+    (tmp_path / "r.json").write_text(json.dumps([[route, {**route, "init_heading": 177}], 2]))
+    routes = games.load_routes(str(tmp_path / "r.json"))
+    assert [round(x) for x in routes[0].lengths] == [111, 171] and routes[1].initial_heading == 177 and math.isnan(routes[0].initial_heading)
+    for actions in ("absolute", "relative"):
+        game = games.VIRL(actions, routes=tuple(routes))
+        assert all(play_expert(game, s)[-1].won for s in range(20))
+        walk = game.reset(1)
+        assert walk.instructions[0] == "First, turn left to face north." and walk.instructions[1] == "Move forward until you reach next intersection where Deli is on your right."
+        assert walk.instructions[3] == "Move forward until you reach destination where Bank of Us is on your left."
+    assert len({len(games.VIRL(routes=tuple(routes)).reset(s).positions) for s in range(0, 40, 2)}) > 3  # forward points are drawn at reset
+    for bad in ("{", "[[], 0]", '[[{"init_heading": 1}], 1]', '{"a": 1}'):
+        (tmp_path / "bad.json").write_text(bad)
+        with pytest.raises(data.DataError, match="route"):
+            games.load_routes(str(tmp_path / "bad.json"))
+
+
+def test_game_pictures():
+    """Pictures differ where cards, suits, landmarks or style differ, and are drawn at any size."""
+    cards, red = games.GeneralPoints(vision=True), games.GeneralPoints(vision=True, suits="red")
+    a, b = cards.reset(1), cards.reset(2)
+    assert cards.render(a).size == (256, 128) and cards.render(a, 512).size == (512, 256)
+    assert len({cards.render(a).tobytes(), cards.render(b).tobytes(), red.render(red.reset(1)).tobytes()}) == 3
+    assert cards.prompt(a)[0]["content"][0]["type"] == "image"
+    walk, other = games.VIRL(vision=True).reset(3), games.VIRL(vision=True, style=1)
+    assert games.VIRL().render(walk).size == (256, 256) and games.VIRL().render(walk).tobytes() != other.render(other.reset(3)).tobytes()
+    route = lambda where: games.Route(0, (0, 90), ((("Old Bank", where),), ()), (50, 50))  # noqa: E731
+    views = []
+    for where in range(0, 360, 45):
+        game = games.VIRL(routes=(route(where),), forward_points=0)
+        state = game.reset(0)
+        for _ in range(2):
+            game.step(state, game.expert(state))
+        views.append(game.render(state).tobytes())
+    assert len(set(views)) == 8  # each bearing is another picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------
