@@ -52,7 +52,8 @@ class Args:
     task: Literal["math", "general_points", "virl"] = "math"
     """Where prompts, demonstrations and rewards come from: data.py (math) or games.py. It sets the defaults that are "by task"."""
     model: str | None = None
-    """tiny, tiny_bare (tiny with a habit of bare answers), a local folder in Hugging Face format, or a hub name. By task: tiny_bare, tiny."""
+    """tiny, tiny_bare (tiny with a habit of bare answers), a local folder in Hugging Face format, or a hub name. By task: tiny_bare, tiny_games
+    (tiny after some of the experts' answers), tiny_vision with --vision."""
     data: str = "embedded"
     """embedded, hub (Elliott/Openr1-Math-46k-8192), or a file or folder with problem, solution and answer; see data.py."""
     subjects: tuple[str, ...] = ()
@@ -69,6 +70,8 @@ class Args:
     """virl: a route file of the original for training, instead of the procedural city."""
     test_routes: str | None = None
     """virl: a route file for the tests."""
+    vision: bool = False
+    """Games in pictures, for a model of AutoModelForImageTextToText (default: tiny_vision)."""
     full_prompts: bool = False
     """Games: the originals' long prompts and routes. Without: short ones, for the embedded model."""
     max_length: int = 2048
@@ -397,8 +400,10 @@ def mu_of_step(args: Args, step: int, controller: Controller) -> float:
 def with_defaults(args: Args) -> Args:
     """The defaults that depend on the task and the method."""
     by_task = {"math": {"model": "tiny_bare", "steps": 80, "warmup_steps": 5 if args.method == "amft" else 0, "warmup_batch": args.prompts_per_step, "warmup_lr": args.lr},
-               "general_points": {"model": "tiny", "steps": 260, "warmup_steps": 200, "warmup_batch": 64, "warmup_lr": 1e-3},
-               "virl": {"model": "tiny", "steps": 100, "warmup_steps": 40, "warmup_batch": 16, "warmup_lr": 1e-3}}[args.task]
+               "general_points": {"model": "tiny_games", "steps": 60, "warmup_steps": 20, "warmup_batch": 64, "warmup_lr": 3e-4},
+               "virl": {"model": "tiny_games", "steps": 60, "warmup_steps": 20, "warmup_batch": 8, "warmup_lr": 3e-4}}[args.task]
+    if args.vision:
+        by_task["model"] = "tiny_vision"
     return replace(args, **{k: v for k, v in by_task.items() if getattr(args, k) is None})
 
 
@@ -475,7 +480,7 @@ def batches(rows: list[Row], pad_id: int, micro_batch: int, world: World, count:
     rows = sorted(rows, key=lambda r: len(r.turn.prompt) + len(r.turn.ids))
     out = []
     for k in range(count):
-        part = rows[k * micro_batch : (k + 1) * micro_batch] or [Row(Turn([pad_id], [pad_id], [0.0], True, "", 0.0), [0.0])]
+        part = rows[k * micro_batch : (k + 1) * micro_batch] or [replace(rows[0], weight=0.0) if rows else Row(Turn([pad_id], [pad_id], [0.0], True, "", 0.0), [0.0])]
         length = -(-max(len(r.turn.prompt) + len(r.turn.ids) for r in part) // 32) * 32
         ids = torch.full((len(part), length), pad_id)
         mask = torch.zeros(len(part), length - 1, dtype=torch.bool)
@@ -489,7 +494,8 @@ def batches(rows: list[Row], pad_id: int, micro_batch: int, world: World, count:
                 returns[i, at] = torch.tensor(r.returns)
         flags = {k: torch.tensor([[getattr(r, k)] for r in part]) for k in ("weight", "demonstration", "right")}
         batch = {"ids": ids, "mask": mask, "old": old, "advantages": advantages, "returns": returns} | flags
-        out.append({k: v.to(world.device) for k, v in batch.items()})
+        inputs = {k: torch.cat([r.turn.inputs[k] for r in part]).to(world.device) for k in part[0].turn.inputs}  # of the pictures
+        out.append({k: v.to(world.device) for k, v in batch.items()} | {"inputs": inputs})
     return out
 
 
@@ -519,7 +525,7 @@ class Learner:
         """
         args, sums = self.args, dict.fromkeys(("rl", "sft", "value", "entropy", "tokens", "clipped", "kl", "entropy_loss"), 0.0)
         for b in batches(rows, self.pad_id, args.micro_batch, self.world, needed(rows, args.micro_batch, self.world)):
-            logprobs, entropy, values = self.policy(b["ids"], b["mask"], entropy_gradient=args.entropy_coefficient > 0 and "aux" in part)
+            logprobs, entropy, values = self.policy(b["ids"], b["mask"], args.entropy_coefficient > 0 and "aux" in part, **b["inputs"])
             weight, old, advantages = b["weight"] * b["mask"], b["old"], b["advantages"]
             loss = logprobs.sum() * 0.0
             if part.startswith("rl"):
@@ -560,7 +566,7 @@ class Learner:
         """Mean token entropy of the policy over its own responses, over all ranks."""
         sums = [0.0, 0.0]
         for b in batches(rows, self.pad_id, self.args.micro_batch, self.world, needed(rows, self.args.micro_batch, self.world)):
-            _, entropy, _ = self.policy(b["ids"], b["mask"])
+            _, entropy, _ = self.policy(b["ids"], b["mask"], **b["inputs"])
             real = b["mask"] & (b["weight"] > 0)
             sums = [sums[0] + entropy[real].sum().item(), sums[1] + real.sum().item()]
         entropy, count = total(self.world, *sums)
@@ -572,7 +578,7 @@ class Learner:
         rows = sorted(rows, key=lambda r: len(r.turn.prompt) + len(r.turn.ids))
         flat, size = [], self.args.micro_batch
         for k, b in enumerate(batches(rows, self.pad_id, size, self.world, needed(rows, size, self.world))):
-            _, _, values = self.policy(b["ids"], b["mask"])
+            _, _, values = self.policy(b["ids"], b["mask"], **b["inputs"])
             for r, v, m in zip(rows[k * size : (k + 1) * size], values, b["mask"], strict=False):
                 v = v[m].tolist()
                 r.advantages = gae(v, r.returns[-1], self.args.gae_lambda)
@@ -662,6 +668,8 @@ def check(args: Args, size: int) -> None:
             raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared equally by {size} ranks")
     if args.samples < 2 and args.method not in ("sft",):
         raise DataError("--samples must be at least 2: a response is judged against the others of its prompt")
+    if args.vision and args.task == "math":
+        raise DataError("--vision is for the games: --task general_points or virl")
     if not 0 <= args.mu_min <= args.mu_init <= args.mu_max <= 1:
         raise DataError(f"0 <= --mu-min <= --mu-init <= --mu-max <= 1 is needed, not {args.mu_min}, {args.mu_init}, {args.mu_max}")
     if not 0 <= args.warmup_steps <= args.steps:
@@ -674,18 +682,27 @@ def check(args: Args, size: int) -> None:
         raise DataError(f"--method {args.method} has advantages of its own: leave --advantage at grpo")
 
 
+def load_model(args: Args) -> tuple:
+    """(config, tokenizer, processor or None). Reads no weights."""
+    config, tokenizer = models.load_config(args.model, args.trust_remote_code)
+    processor = models.load_processor(args.model, args.trust_remote_code) if args.vision else None
+    return config, processor.tokenizer if processor else tokenizer, processor
+
+
 def load_task(args: Args, tokenizer) -> tuple:
     """(training game, validation game, {test: (game, episodes)}, a line on what there is)."""
     if args.task == "general_points":
-        make = lambda rule, split: GeneralPoints(rule, compact=not args.full_prompts, split=split)  # noqa: E731
-        tests = {"in distribution": args.rule, "rule": "11_12_13" if args.rule == "10" else "10"}
-        return make(args.rule, "train"), make(args.rule, "validation"), {n: (make(rule, "test"), args.eval_problems) for n, rule in tests.items()}, "general points"
+        make = functools.partial(GeneralPoints, args.rule, vision=args.vision, compact=not args.full_prompts)
+        tests = {"in distribution": make(split="test"), "rule": replace(make(split="test"), rule="11_12_13" if args.rule == "10" else "10")}
+        tests |= {"visual": make(suits="red", split="test")} if args.vision else {}
+        return make(split="train"), make(split="validation"), {n: (game, args.eval_problems) for n, game in tests.items()}, "General Points: deals without end"
     if args.task == "virl":
         size = {} if args.full_prompts else {"compact": True, "turns": (2, 3), "forward_points": 1}
         files = {split: tuple(load_routes(f)) if f else () for split, f in (("train", args.routes), ("test", args.test_routes))}
-        make = lambda actions, split: VIRL(actions, split=split, routes=files.get(split, files["train"]), **size)  # noqa: E731
-        tests = {"in distribution": args.actions, "rule": "relative" if args.actions == "absolute" else "absolute"}
-        return make(args.actions, "train"), make(args.actions, "validation"), {n: (make(a, "test"), args.eval_problems) for n, a in tests.items()}, "V-IRL"
+        make = lambda split: VIRL(args.actions, args.vision, split=split, routes=files.get(split, files["train"]), **size)  # noqa: E731
+        tests = {"in distribution": make("test"), "rule": replace(make("test"), actions="relative" if args.actions == "absolute" else "absolute")}
+        tests |= {"visual": replace(make("test"), style=1)} if args.vision else {}
+        return make("train"), make("validation"), {n: (game, args.eval_problems) for n, game in tests.items()}, "V-IRL: routes without end"
     train, validation, tests, report = load_problems(args.data, tokenizer, validation=args.validation_size, test=args.eval_problems, max_length=args.max_length,
                                                      subjects=args.subjects, levels=args.levels, seed=args.seed)
     return train, validation, {name: (game, len(game)) for name, game in tests.items()}, report
@@ -696,10 +713,10 @@ def dry_run(args: Args, world: World) -> int:
     say = functools.partial(print, flush=True) if world.rank == 0 else lambda *a: None
     reasons = models.check_ranks(world, say)
     try:
-        config, tokenizer = models.load_config(args.model, args.trust_remote_code)
+        config, tokenizer, processor = load_model(args)
         train, _, _, report = load_task(args, tokenizer)
         say(report)
-        lengths = [len(t.prompt) + max(len(t.ids), args.max_new_tokens) for i in range(32) for t in demonstrate(tokenizer, train, i).turns]
+        lengths = [len(t.prompt) + max(len(t.ids), args.max_new_tokens) for i in range(32) for t in demonstrate(tokenizer, train, i, processor).turns]
         responses = args.prompts_per_step * args.samples
         say(f"{responses} responses per step, at most {responses * max(lengths):,} tokens")
         reasons += models.check_space(config, world, say, 4 + 2 * (args.method == "amft"), args.micro_batch * max(lengths), args.activation_checkpointing,
@@ -757,7 +774,7 @@ FREE = {"resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "sh
 def main(args: Args, world: World) -> int:
     rank0, begun = world.rank == 0, time.time()
     say = functools.partial(tqdm.write, file=sys.stdout) if rank0 else lambda *a: None
-    config, tokenizer = models.load_config(args.model, args.trust_remote_code)
+    config, tokenizer, processor = load_model(args)
     train, validation, tests, report = load_task(args, tokenizer)
     say(report)
     run = models.run_folder(args.output_dir, asdict(args), args.resume, FREE, world.rank)
@@ -782,7 +799,7 @@ def main(args: Args, world: World) -> int:
         nonlocal saved_at
         if saved_at != state["step"]:
             state.update(mu=controller.mu, squares=controller.squares)
-            models.save_checkpoint(run / "checkpoint", lambda tmp: models.write_training_state(tmp, policy, tokenizer, optimizer, save_dtype, policy.lm), state, args.keep)
+            models.save_checkpoint(run / "checkpoint", lambda tmp: models.write_training_state(tmp, policy, processor or tokenizer, optimizer, save_dtype, policy.lm), state, args.keep)
             saved_at = state["step"]
 
     own_samples = args.samples - (args.method == "luffy")
@@ -791,7 +808,7 @@ def main(args: Args, world: World) -> int:
     def rollout(game, seeds, key):
         with models.gathered(policy):
             return models.play(policy.lm, tokenizer, game, seeds, own_samples if game is train else args.samples, f"{args.seed}/{key}", args.max_new_tokens,
-                               args.generation_batch, progress="rollout" if rank0 and args.max_new_tokens > 1024 else None)
+                               args.generation_batch, processor=processor, progress="rollout" if rank0 and args.max_new_tokens > 1024 else None)
 
     bar = tqdm(total=args.steps, initial=state["step"], disable=not rank0, desc=args.method, mininterval=0.5)
     failed, stopped, warned = None, False, set()
@@ -808,10 +825,11 @@ def main(args: Args, world: World) -> int:
         due = args.eval_every >= 0 and (step == 0 or last or (args.eval_every and step % args.eval_every == 0))
         if due and step not in log.evaluations:
             with models.gathered(policy):
-                result = evaluation.play_tests(policy.lm, tokenizer, world, tests, args.max_new_tokens, args.generation_batch)
-                shown = evaluation.sample_rows(policy.lm, tokenizer, validation, args.show if rank0 else 0, args.samples, step, args.seed, args.max_new_tokens, args.generation_batch)
-            steps = "" if args.task == "math" else " (steps {step_accuracy:.1%})"
-            log.record(step, result, ", ".join(f"{name} {r['accuracy']:.1%}{steps.format(**r)}, {r['length']:.0f} tokens" for name, r in result.items()), shown)
+                result = evaluation.play_tests(policy.lm, tokenizer, world, tests, args.max_new_tokens, args.generation_batch, processor)
+                shown = evaluation.sample_rows(policy.lm, tokenizer, validation, args.show if rank0 else 0, args.samples, step, args.seed, args.max_new_tokens, args.generation_batch, processor)
+            more = [] if args.task == "math" else ["step_accuracy"] + ["recognition"] * (args.vision and args.task == "general_points")
+            more = {n: "".join(f", {k.replace('_', ' ')} {r[k]:.1%}" for k in more) for n, r in result.items()}
+            log.record(step, result, "; ".join(f"{n} {r['accuracy']:.1%}{more[n]}, {r['length']:.0f} tokens" for n, r in result.items()), shown)
         if last:
             break
         torch.manual_seed(hash((args.seed, step, world.rank)) % 2**31)  # dropout, where a model has it
@@ -827,7 +845,7 @@ def main(args: Args, world: World) -> int:
         clock = [time.perf_counter()]
         seeds = share(args.warmup_batch, step * args.warmup_batch) if warming else \
             share(args.prompts_per_step, args.warmup_steps * args.warmup_batch + (step - args.warmup_steps) * args.prompts_per_step)
-        demonstrations = [demonstrate(tokenizer, train, s) for s in seeds]
+        demonstrations = [demonstrate(tokenizer, train, s, processor) for s in seeds]
         groups = rollout(train, seeds, step) if explore else []
         clock.append(time.perf_counter())
         rl, sft = rl_rows(args, groups, demonstrations) if explore else ([], [demonstration_row(t) for d in demonstrations for t in d.turns])

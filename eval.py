@@ -200,26 +200,29 @@ class Log:
 # Problems and games with a reward (amft.py)
 
 
-def play_tests(model, tokenizer, world: models.World, tests: dict[str, tuple], max_new_tokens: int, batch_size: int) -> dict[str, dict]:
-    """{test set: accuracy (share of episodes won), step_accuracy (right turns / turns), reward, length, truncated, episodes}, greedy.
+def play_tests(model, tokenizer, world: models.World, tests: dict[str, tuple], max_new_tokens: int, batch_size: int, processor=None) -> dict[str, dict]:
+    """{test set: accuracy (share of episodes won), step_accuracy (right turns / turns), reward, length, truncated, episodes; for cards in
+    pictures recognition, the share of turns that name them}, greedy.
 
     tests: {name: (game, number of episodes)}. Every rank plays its share; call it within gathered(model).
     """
     result = {}
     for name, (game, n) in tests.items():
-        episodes = [g[0] for g in models.play(model, tokenizer, game, range(world.rank, n, world.size), 1, "test", max_new_tokens, batch_size, 0.0)]
+        episodes = [g[0] for g in models.play(model, tokenizer, game, range(world.rank, n, world.size), 1, "test", max_new_tokens, batch_size, 0.0, processor=processor)]
         turns = [t for e in episodes for t in e.turns]
         sums = torch.tensor([sum(e.won for e in episodes), sum(t.reward > 0 for t in turns), sum(t.reward for t in turns), sum(len(t.ids) for t in turns),
-                             sum(not t.finished for t in turns), len(turns)], dtype=torch.float64, device=world.device)
+                             sum(not t.finished for t in turns), len(turns), sum(t.reward == getattr(game, "misread_reward", math.nan) for t in turns)], dtype=torch.float64, device=world.device)
         dist.all_reduce(sums)
-        won, right, reward, length, cut, count = sums.tolist()
+        won, right, reward, length, cut, count, misread = sums.tolist()
         result[name] = {"accuracy": won / n, "step_accuracy": right / count, "reward": reward / n, "length": length / count, "truncated": cut / count, "episodes": n}
+        if getattr(game, "misread_reward", None):
+            result[name]["recognition"] = 1 - misread / count
     return result
 
 
-def sample_rows(model, tokenizer, game, count: int, samples: int, step: int, seed: int, max_new_tokens: int, batch_size: int) -> list[dict]:
+def sample_rows(model, tokenizer, game, count: int, samples: int, step: int, seed: int, max_new_tokens: int, batch_size: int, processor=None) -> list[dict]:
     """`samples` responses to each of `count` prompts, as rows for people to read."""
-    groups = models.play(model, tokenizer, game, range(count), samples, f"{seed}/show/{step}", max_new_tokens, batch_size)
+    groups = models.play(model, tokenizer, game, range(count), samples, f"{seed}/show/{step}", max_new_tokens, batch_size, processor=processor)
     return [{"step": step, "prompt": tokenizer.decode(t.prompt), "response": t.text, "reward": t.reward, "length": len(t.ids), "truncated": not t.finished,
              "episode": i, "sample": j, "turn": k} for i, g in enumerate(groups) for j, e in enumerate(g) for k, t in enumerate(e.turns)]
 

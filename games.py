@@ -189,6 +189,11 @@ class GeneralPoints:
     target: int = 24
     attempts: int = 5
 
+    @property
+    def misread_reward(self) -> float | None:
+        """The reward of an answer that does not name the cards in the picture."""
+        return -1.5 if self.vision else None
+
     def reset(self, seed: int) -> Hand:
         rng = random.Random(f"general_points/{self.rule}/{self.split}/{seed}")
         while True:
@@ -240,7 +245,7 @@ class GeneralPoints:
     def _judge(self, state: Hand, text: str) -> tuple[float, str]:
         again = "" if self.compact else " Try again."
         if self.vision and not self.recognised(state, text):
-            return -1.5, "The cards are not those in the picture." + again
+            return self.misread_reward, "The cards are not those in the picture." + again
         formula = fields_of(text, ("formula",)).get("formula")
         if not isinstance(formula, str):
             return -3, "There is no formula in your answer." + again
