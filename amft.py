@@ -34,14 +34,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval as evaluation
 import model as models
 from data import DataError, load_problems
-from games import VIRL, GeneralPoints, load_routes
-from model import Episode, Stop, Turn, World, demonstrate
+from games import games_of
+from model import Episode, Policy, Stop, Turn, World, demonstrate, total
 
 
 @dataclass
@@ -86,14 +85,13 @@ class Args:
     """amft; sft; rl (GRPO or PPO, see --advantage); sft_then_rl; fixed (constant mu = --mu-init); chord (2508.11408); luffy
     (2504.14945); srft (2506.19767); hpt (2509.04419)."""
     steps: int | None = None
-    """Optimizer steps (times --epochs and --minibatches), the warm-up included. By task: 80, 260, 100."""
+    """Optimizer steps (times --epochs and --minibatches), the warm-up included. By task: 80, 80, 50."""
     warmup_steps: int | None = None
-    """W, SFT steps at the beginning, counted in --steps. Default: 5 for amft on math, 0 for the other methods; games: 200, 40 for all, as
-    they start from a model that does not know the game."""
+    """W, SFT steps at the beginning, counted in --steps. Default: math 5 for amft, 0 for the other methods; games 20, 10."""
     warmup_batch: int | None = None
-    """Demonstrated prompts per warm-up step. By task: --prompts-per-step, 64, 16."""
+    """Demonstrated prompts per warm-up step. By task: --prompts-per-step, 32, 4."""
     warmup_lr: float | None = None
-    """Learning rate of the warm-up. By task: --lr, 1e-3, 1e-3."""
+    """Learning rate of the warm-up. By task: --lr, 3e-4, 3e-4."""
     lr: float = 3e-5
     """alpha, AdamW (paper's code: 1e-6 for 7B models)."""
     lr_warmup: int = 5
@@ -106,10 +104,10 @@ class Args:
     """C, limit of the gradient's norm."""
 
     # Reinforcement learning
-    prompts_per_step: int = 16
-    """Prompts per step, over all ranks."""
-    samples: int = 8
-    """G, responses per prompt (luffy: one of them is the demonstration)."""
+    prompts_per_step: int | None = None
+    """Prompts (games: deals, routes) per step, over all ranks. By task: 16, 8, 4."""
+    samples: int | None = None
+    """G, responses per prompt (luffy: one of them is the demonstration). By task: 8, 8, 6."""
     max_new_tokens: int = 96
     """Longest response (of a turn)."""
     advantage: Literal["grpo", "gae"] = "grpo"
@@ -154,8 +152,8 @@ class Args:
     """Per nat. Default: 0.05 normalised, 5e-4 printed."""
     entropy_sign: Literal["printed", "text"] = "printed"
     """printed: + eta_H (H* - H), as in eq. (6); text: the opposite, as in the paper's words."""
-    validation_prompts: int = 16
-    """Validation prompts per meta-gradient, with --samples responses each, over all ranks."""
+    validation_prompts: int | None = None
+    """Validation prompts per meta-gradient, with --samples responses each, over all ranks. Default: --prompts-per-step."""
     no_meta_gradient: bool = False
     """Ablation: the entropy term alone moves mu."""
     no_entropy_term: bool = False
@@ -214,49 +212,6 @@ class Args:
     """torch.compile each transformer block."""
     trust_remote_code: bool = False
     """Let a hub model run its own code."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The policy: a language model, with log-probabilities that never hold [B, T, V] in fp32
-
-
-class Policy(torch.nn.Module):
-    """A causal language model `lm`, and a value head on its last hidden state where the advantages need one."""
-
-    def __init__(self, lm, value_head: bool):
-        super().__init__()
-        self.lm, self.config = lm, lm.config
-        if value_head:
-            self.value = torch.nn.Linear(lm.config.get_text_config().hidden_size, 1, device=next(lm.parameters()).device)
-
-    def tie_weights(self) -> None:
-        self.lm.tie_weights()
-
-    def _head(self, hidden: torch.Tensor, targets: torch.Tensor, entropy_gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [n, H], targets [n] -> log pi(target) [n], entropy [n] (nats)."""
-        logits = self.lm.get_output_embeddings()(hidden)
-        if cap := getattr(self.config.get_text_config(), "final_logit_softcapping", None):
-            logits = cap * torch.tanh(logits / cap)
-        logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
-
-    def forward(self, input_ids: torch.Tensor, mask: torch.Tensor, entropy_gradient: bool = False, **inputs):
-        """input_ids [B, T] padded on the right, mask [B, T-1]: where input_ids[:, 1:] is a response token.
-
-        Returns log pi of the response tokens, the policy's entropy there and the value before each (None without a head), all
-        [B, T-1] and 0 outside of the mask. The vocabulary is gone through for response tokens only, some at a time.
-        """
-        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False, **inputs)[0][:, :-1][mask]  # [n, H]
-        targets = input_ids[:, 1:][mask]
-        size = max(1, 2**26 // self.config.get_text_config().vocab_size)  # 256 MB of fp32 logits
-        head = functools.partial(checkpoint, self._head, use_reentrant=False) if len(hidden) > size else self._head
-        parts = [head(hidden[i : i + size], targets[i : i + size], entropy_gradient) for i in range(0, len(hidden), size)]
-        logprobs, entropy = (torch.cat(p) for p in zip(*parts, strict=True))
-        values = self.value(hidden).squeeze(-1).to(logprobs.dtype) if hasattr(self, "value") else None
-        spread = lambda x: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)  # noqa: E731
-        return spread(logprobs), spread(entropy), spread(values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,12 +354,13 @@ def mu_of_step(args: Args, step: int, controller: Controller) -> float:
 
 def with_defaults(args: Args) -> Args:
     """The defaults that depend on the task and the method."""
-    by_task = {"math": {"model": "tiny_bare", "steps": 80, "warmup_steps": 5 if args.method == "amft" else 0, "warmup_batch": args.prompts_per_step, "warmup_lr": args.lr},
-               "general_points": {"model": "tiny_games", "steps": 60, "warmup_steps": 20, "warmup_batch": 64, "warmup_lr": 3e-4},
-               "virl": {"model": "tiny_games", "steps": 60, "warmup_steps": 20, "warmup_batch": 8, "warmup_lr": 3e-4}}[args.task]
-    if args.vision:
-        by_task["model"] = "tiny_vision"
-    return replace(args, **{k: v for k, v in by_task.items() if getattr(args, k) is None})
+    sft_start = {"model": "tiny_vision" if args.vision else "tiny_games", "warmup_lr": 3e-4}
+    by_task = {"math": {"model": "tiny_bare", "steps": 80, "warmup_steps": 5 if args.method == "amft" else 0, "warmup_lr": args.lr, "prompts_per_step": 16, "samples": 8},
+               "general_points": sft_start | {"steps": 80, "warmup_steps": 20, "warmup_batch": 32, "prompts_per_step": 8, "samples": 8},
+               "virl": sft_start | {"steps": 50, "warmup_steps": 10, "warmup_batch": 4, "prompts_per_step": 4, "samples": 6}}[args.task]
+    args = replace(args, **{k: v for k, v in by_task.items() if getattr(args, k) is None})
+    rest = {"warmup_batch": args.prompts_per_step, "validation_prompts": args.prompts_per_step}
+    return replace(args, **{k: v for k, v in rest.items() if getattr(args, k) is None})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,13 +400,6 @@ def rl_rows(args: Args, groups: list[list[Episode]], demonstrations: list[Episod
 
 def demonstration_row(turn: Turn) -> Row:
     return Row(turn, [0.0] * len(turn.ids), demonstration=True)
-
-
-def total(world: World, *values: float) -> list[float]:
-    """Sums over all ranks."""
-    x = torch.tensor(values, dtype=torch.float64, device=world.device)
-    dist.all_reduce(x)
-    return x.tolist()
 
 
 def set_weights(args: Args, world: World, rl: list[Row], sft: list[Row]) -> None:
@@ -691,18 +640,10 @@ def load_model(args: Args) -> tuple:
 
 def load_task(args: Args, tokenizer) -> tuple:
     """(training game, validation game, {test: (game, episodes)}, a line on what there is)."""
-    if args.task == "general_points":
-        make = functools.partial(GeneralPoints, args.rule, vision=args.vision, compact=not args.full_prompts)
-        tests = {"in distribution": make(split="test"), "rule": replace(make(split="test"), rule="11_12_13" if args.rule == "10" else "10")}
-        tests |= {"visual": make(suits="red", split="test")} if args.vision else {}
-        return make(split="train"), make(split="validation"), {n: (game, args.eval_problems) for n, game in tests.items()}, "General Points: deals without end"
-    if args.task == "virl":
-        size = {} if args.full_prompts else {"compact": True, "turns": (2, 3), "forward_points": 1}
-        files = {split: tuple(load_routes(f)) if f else () for split, f in (("train", args.routes), ("test", args.test_routes))}
-        make = lambda split: VIRL(args.actions, args.vision, split=split, routes=files.get(split, files["train"]), **size)  # noqa: E731
-        tests = {"in distribution": make("test"), "rule": replace(make("test"), actions="relative" if args.actions == "absolute" else "absolute")}
-        tests |= {"visual": replace(make("test"), style=1)} if args.vision else {}
-        return make("train"), make("validation"), {n: (game, args.eval_problems) for n, game in tests.items()}, "V-IRL: routes without end"
+    if args.task != "math":
+        train, validation, tests = games_of(args.task, rule=args.rule, actions=args.actions, vision=args.vision, compact=not args.full_prompts,
+                                            routes=args.routes, test_routes=args.test_routes)
+        return train, validation, {name: (game, args.eval_problems) for name, game in tests.items()}, f"{args.task}: episodes without end"
     train, validation, tests, report = load_problems(args.data, tokenizer, validation=args.validation_size, test=args.eval_problems, max_length=args.max_length,
                                                      subjects=args.subjects, levels=args.levels, seed=args.seed)
     return train, validation, {name: (game, len(game)) for name, game in tests.items()}, report
@@ -751,19 +692,8 @@ def build(args: Args, config, world: World) -> Policy:
         fully_shard(policy, **sharding)
     models.materialize(policy, source, torch.device("cpu") if args.cpu_offload else world.device)
     policy.lm.generation_config = None
-    check_head(policy, world)
+    models.check_head(policy, world)
     return policy.train()
-
-
-@torch.no_grad()
-def check_head(policy: Policy, world: World) -> None:
-    """Raises ModelError where the model does more between its last hidden state and its logits than Policy._head knows of."""
-    ids = torch.arange(2, 10, device=world.device)[None]
-    with models.gathered(policy):
-        ours, _, _ = policy(ids, torch.ones(1, 7, dtype=torch.bool, device=world.device))
-        theirs = policy.lm(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    if (ours - theirs).abs().max() > (0.1 if world.device.type == "cuda" else 1e-3):
-        raise models.ModelError(f"{type(policy.lm).__name__} scales its logits in a way that amft.py does not know")
 
 
 # What may differ when a run is resumed: it does not change the mathematics.
@@ -904,18 +834,12 @@ def main(args: Args, world: World) -> int:
         if args.advantage == "gae":
             metrics["loss/value"] = losses["value"]
         if explore or groups:
-            flat = [e.returns()[0] for g in groups for e in g]
-            turns = [t for g in groups for e in g for t in e.turns]
-            equal = sum(len({e.returns()[0] for e in g}) == 1 for g in groups)
-            n, s, squares, won, length, cut, count, equal = total(world, len(flat), sum(flat), sum(x * x for x in flat), sum(e.won for g in groups for e in g),
-                                                                  sum(len(t.ids) for t in turns), sum(not t.finished for t in turns), len(turns), equal)
-            metrics |= {"reward/mean": s / n, "reward/std": math.sqrt(max(0.0, squares / n - (s / n) ** 2)), "reward/won": won / n, "response_length": length / count,
-                        "truncated": cut / count, "groups_without_variance": equal / args.prompts_per_step}
+            metrics |= evaluation.rollout_metrics(groups, world)
             if losses["tokens"]:
                 metrics |= {"entropy": losses["entropy"] / tokens, "clip_fraction": losses["clipped"] / tokens, "approx_kl": losses["kl"] / tokens}
-            if cut / count > 0.5:
-                warn("cut", f"{100 * cut / count:.0f}% of the responses are cut at --max-new-tokens {args.max_new_tokens}: their rewards say little")
-            if equal == args.prompts_per_step:
+            if metrics["truncated"] > 0.5:
+                warn("cut", f"{metrics['truncated']:.0%} of the responses are cut at --max-new-tokens {args.max_new_tokens}: their rewards say little")
+            if metrics["groups_without_variance"] == 1:
                 warn("equal", "all responses to each prompt have the same reward: this step's advantages are zero, nothing is learned from them")
         if args.method == "amft" and state["entropy_target"] is not None and finite:
             grad_mu = None

@@ -210,14 +210,25 @@ def play_tests(model, tokenizer, world: models.World, tests: dict[str, tuple], m
     for name, (game, n) in tests.items():
         episodes = [g[0] for g in models.play(model, tokenizer, game, range(world.rank, n, world.size), 1, "test", max_new_tokens, batch_size, 0.0, processor=processor)]
         turns = [t for e in episodes for t in e.turns]
-        sums = torch.tensor([sum(e.won for e in episodes), sum(t.reward > 0 for t in turns), sum(t.reward for t in turns), sum(len(t.ids) for t in turns),
-                             sum(not t.finished for t in turns), len(turns), sum(t.reward == getattr(game, "misread_reward", math.nan) for t in turns)], dtype=torch.float64, device=world.device)
-        dist.all_reduce(sums)
-        won, right, reward, length, cut, count, misread = sums.tolist()
+        won, right, reward, length, cut, count, misread = models.total(
+            world, sum(e.won for e in episodes), sum(t.reward > 0 for t in turns), sum(t.reward for t in turns), sum(len(t.ids) for t in turns),
+            sum(not t.finished for t in turns), len(turns), sum(t.reward == getattr(game, "misread_reward", math.nan) for t in turns))
         result[name] = {"accuracy": won / n, "step_accuracy": right / count, "reward": reward / n, "length": length / count, "truncated": cut / count, "episodes": n}
         if getattr(game, "misread_reward", None):
             result[name]["recognition"] = 1 - misread / count
     return result
+
+
+def rollout_metrics(groups: list[list[models.Episode]], world: models.World) -> dict[str, float]:
+    """Reward, length and truncation of a step's rollouts, over all ranks; the share of groups whose rewards are all the same."""
+    rewards = [e.returns()[0] for g in groups for e in g]
+    turns = [t for g in groups for e in g for t in e.turns]
+    equal = sum(len({e.returns()[0] for e in g}) == 1 for g in groups)
+    n, s, squares, won, length, cut, count, equal, all_groups = models.total(
+        world, len(rewards), sum(rewards), sum(x * x for x in rewards), sum(e.won for g in groups for e in g), sum(len(t.ids) for t in turns),
+        sum(not t.finished for t in turns), len(turns), equal, len(groups))
+    return {"reward/mean": s / n, "reward/std": math.sqrt(max(0.0, squares / n - (s / n) ** 2)), "reward/won": won / n, "response_length": length / count,
+            "truncated": cut / count, "groups_without_variance": equal / all_groups}
 
 
 def sample_rows(model, tokenizer, game, count: int, samples: int, step: int, seed: int, max_new_tokens: int, batch_size: int, processor=None) -> list[dict]:

@@ -22,7 +22,7 @@ import math
 import random
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -576,6 +576,23 @@ class VIRL:
 
 def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", " ", text[:1000].lower()).strip()
+
+
+def games_of(name: str, *, rule: str = "10", actions: str = "absolute", vision: bool = False, compact: bool = False, routes: str | None = None,
+             test_routes: str | None = None) -> tuple:
+    """(training game, validation game, test games by name) of general_points or virl. Tests: other deals or routes of the same kind, the
+    other rule, and with vision red cards or other signs. compact: short prompts, routes and episodes, for models that run on a laptop."""
+    if name == "general_points":
+        make = functools.partial(GeneralPoints, rule, vision=vision, compact=compact, attempts=2 if compact else 5)
+        tests = {"in distribution": make(split="test"), "rule": replace(make(split="test"), rule="11_12_13" if rule == "10" else "10")}
+        tests |= {"visual": make(suits="red", split="test")} if vision else {}
+    else:
+        size = {"compact": True, "turns": (2, 3), "forward_points": 1} if compact else {}
+        files = {"train": tuple(load_routes(routes)) if routes else (), "test": tuple(load_routes(test_routes or routes)) if test_routes or routes else ()}
+        make = lambda split: VIRL(actions, vision, split=split, routes=files["test" if split == "test" else "train"], **size)  # noqa: E731
+        tests = {"in distribution": make("test"), "rule": replace(make("test"), actions="relative" if actions == "absolute" else "absolute")}
+        tests |= {"visual": replace(make("test"), style=1)} if vision else {}
+    return make(split="train"), make(split="validation"), tests
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import DataError, prompt_text, template
@@ -81,6 +82,13 @@ def setup(replicas: int = 1) -> World:
     rank, size = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh(device.type, (replicas, size // replicas), mesh_dim_names=("replica", "shard"))
     return World(device, rank, size, rank // (size // replicas), replicas, mesh)
+
+
+def total(world: World, *values: float) -> list[float]:
+    """Sums over all ranks."""
+    x = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(x)
+    return x.tolist()
 
 
 class Stop:
@@ -413,6 +421,60 @@ def sample(model, tokenizer, prompts: Sequence[Sequence[int]], samples_per_promp
         bar.update(len(rows))
     bar.close()
     return [Sample(ids[:k], p[:k], f) for ids, p, k, f in zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The policy: a language model, with log-probabilities that never hold [B, T, V] in fp32
+
+
+class Policy(torch.nn.Module):
+    """A causal language model `lm`, and a value head on its last hidden state where the advantages need one."""
+
+    def __init__(self, lm, value_head: bool):
+        super().__init__()
+        self.lm, self.config = lm, lm.config
+        if value_head:
+            self.value = torch.nn.Linear(lm.config.get_text_config().hidden_size, 1, device=next(lm.parameters()).device)
+
+    def tie_weights(self) -> None:
+        self.lm.tie_weights()
+
+    def _head(self, hidden: torch.Tensor, targets: torch.Tensor, entropy_gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [n, H], targets [n] -> log pi(target) [n], entropy [n] (nats)."""
+        logits = self.lm.get_output_embeddings()(hidden)
+        if cap := getattr(self.config.get_text_config(), "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
+        logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+    def forward(self, input_ids: torch.Tensor, mask: torch.Tensor, entropy_gradient: bool = False, **inputs):
+        """input_ids [B, T] padded on the right, mask [B, T-1]: where input_ids[:, 1:] is a response token.
+
+        Returns log pi of the response tokens, the policy's entropy there and the value before each (None without a head), all
+        [B, T-1] and 0 outside of the mask. The vocabulary is gone through for response tokens only, some at a time.
+        """
+        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False, **inputs)[0][:, :-1][mask]  # [n, H]
+        targets = input_ids[:, 1:][mask]
+        size = max(1, 2**26 // self.config.get_text_config().vocab_size)  # 256 MB of fp32 logits
+        head = functools.partial(checkpoint, self._head, use_reentrant=False) if len(hidden) > size else self._head
+        parts = [head(hidden[i : i + size], targets[i : i + size], entropy_gradient) for i in range(0, len(hidden), size)]
+        logprobs, entropy = (torch.cat(p) for p in zip(*parts, strict=True))
+        values = self.value(hidden).squeeze(-1).to(logprobs.dtype) if hasattr(self, "value") else None
+        spread = lambda x: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)  # noqa: E731
+        return spread(logprobs), spread(entropy), spread(values)
+
+
+@torch.no_grad()
+def check_head(policy: Policy, world: World) -> None:
+    """Raises ModelError where the model does more between its last hidden state and its logits than Policy._head knows of."""
+    ids = torch.arange(2, 10, device=world.device)[None]
+    with gathered(policy):
+        ours, _, _ = policy(ids, torch.ones(1, 7, dtype=torch.bool, device=world.device))
+        theirs = policy.lm(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    if (ours - theirs).abs().max() > (0.1 if world.device.type == "cuda" else 1e-3):
+        raise ModelError(f"{type(policy.lm).__name__} scales its logits in a way that Policy does not know")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -619,7 +619,7 @@ def test_any_causal_lm(family, process_group, tmp_path):
         fully_shard(block, mesh=mesh["shard"])
     models.materialize(policy, amft.Policy(source, False), torch.device("cpu"))
     world = amft.World(torch.device("cpu"), mesh=mesh)
-    amft.check_head(policy, world)
+    models.check_head(policy, world)
     optimizer = torch.optim.AdamW([{"params": list(policy.parameters()), "lr": 1e-2, "peak": 1e-2}])
     args = amft.with_defaults(amft.Args(method="fixed", micro_batch=4))
     learner, batch = amft.Learner(args, policy.train(), optimizer, world, 0), random_rows(6, vocab=96)
