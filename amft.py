@@ -443,8 +443,8 @@ def batches(rows: list[Row], pad_id: int, micro_batch: int, world: World, count:
                 returns[i, at] = torch.tensor(r.returns)
         flags = {k: torch.tensor([[getattr(r, k)] for r in part]) for k in ("weight", "demonstration", "right")}
         batch = {"ids": ids, "mask": mask, "old": old, "advantages": advantages, "returns": returns} | flags
-        inputs = {k: torch.cat([r.turn.inputs[k] for r in part]).to(world.device) for k in part[0].turn.inputs}  # of the pictures
-        out.append({k: v.to(world.device) for k, v in batch.items()} | {"inputs": inputs})
+        inputs = models.stack_inputs([(r.turn.inputs, len(r.turn.prompt)) for r in part], length, left=False)  # of the pictures
+        out.append({k: v.to(world.device) for k, v in batch.items()} | {"inputs": {k: v.to(world.device) for k, v in inputs.items()}})
     return out
 
 

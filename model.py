@@ -500,6 +500,22 @@ def encode_prompts(tokenizer, conversations: Sequence[list[dict]], processor=Non
     return out
 
 
+def stack_inputs(items: Sequence[tuple[dict, int]], length: int, left: bool) -> dict:
+    """One batch of the pictures' inputs; items: (inputs, number of prompt tokens). What is aligned with the prompt's tokens (token types,
+    cross-attention masks) is padded to `length` tokens: with zeros on the left, with the last token's entry on the right."""
+    out = {}
+    for k in items[0][0]:
+        parts = []
+        for inputs, n in items:
+            t = inputs[k]
+            if t.dim() >= 2 and t.shape[:2] == (1, n) and length > n:
+                pad = t.new_zeros(1, length - n, *t.shape[2:]) if left else t[:, -1:].expand(1, length - n, *t.shape[2:])
+                t = torch.cat([pad, t] if left else [t, pad], 1)
+            parts.append(t)
+        out[k] = torch.cat(parts)
+    return out
+
+
 @torch.no_grad()
 def sample_with_pictures(model, tokenizer, prompts: Sequence[Prompt], samples_per_prompt: int, max_new_tokens: int, temperature: float, stop: frozenset[int],
                          batch_size: int, seeds: Sequence[int]) -> list[Sample]:
@@ -514,7 +530,7 @@ def sample_with_pictures(model, tokenizer, prompts: Sequence[Prompt], samples_pe
         length = max(len(p.ids) for p in part)
         ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(p.ids)) + p.ids for p in part], device=device)
         mask = torch.tensor([[0] * (length - len(p.ids)) + [1] * len(p.ids) for p in part], device=device)
-        inputs = {k: torch.cat([p.inputs[k] for p in part]).to(device) for k in part[0].inputs}
+        inputs = {k: v.to(device) for k, v in stack_inputs([(p.inputs, len(p.ids)) for p in part], length, left=True).items()}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seeds[at * n] % 2**63)
             how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": n} if temperature else {"do_sample": False}

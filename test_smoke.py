@@ -633,6 +633,46 @@ def test_any_causal_lm(family, process_group, tmp_path):
     assert losses[2] < losses[0]
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "mllama"])
+def test_vision_models(family):
+    """Prompts with pictures of different lengths in one batch: the policy's log-probabilities of the sampled tokens are the sampler's."""
+    import transformers as t
+
+    text = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    if family == "qwen2_5_vl":
+        vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "out_hidden_size": 32, "fullatt_block_indexes": [1], "window_size": 56}
+        rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+        config = t.Qwen2_5_VLConfig(text_config=text | {"num_hidden_layers": 2, "rope_parameters": rope}, vision_config=vision, image_token_id=190, vision_start_token_id=192, tie_word_embeddings=True)
+        ids = [5, 6, 192, 190, 190, 190, 190, 193, 7]
+        make = lambda n: {"pixel_values": torch.randn(16, 588), "image_grid_thw": torch.tensor([[1, 4, 4]]),  # noqa: E731
+                          "mm_token_type_ids": torch.tensor([[0] * n + [int(x == 190) for x in ids]])}
+    else:
+        vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2, "image_size": 28, "patch_size": 14, "max_num_tiles": 2,
+                  "vision_output_dim": 64, "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}
+        config = t.MllamaConfig(text_config=text | {"num_hidden_layers": 3, "cross_attention_layers": [1]}, vision_config=vision, image_token_index=200)
+        ids = [200, 5, 6, 7, 1]
+        make = lambda n: {"pixel_values": torch.randn(1, 1, 2, 3, 28, 28), "aspect_ratio_ids": torch.tensor([[1]]), "aspect_ratio_mask": torch.tensor([[[1, 0]]]),  # noqa: E731
+                          "cross_attention_mask": torch.tensor([[[[0, 0]]] * n + [[[1, 0]]] * len(ids)])}
+    lm = models.auto_class(config).from_config(config).eval()
+    for n, p in lm.named_parameters():
+        if n.endswith("gate"):
+            torch.nn.init.ones_(p)  # Mllama's pictures count for nothing at initialisation
+    tokenizer = type("Tokenizer", (), {"pad_token_id": 0})
+    prompts = [models.Prompt([9] * n + ids, make(n)) for n in (0, 3)]
+    samples = models.sample_with_pictures(lm, tokenizer, prompts, 2, 6, 1.0, frozenset([2]), 8, [1] * 4)
+    turns = [models.Turn(prompts[i // 2].ids, s.ids, s.logprobs, s.finished, "", 1.0, prompts[i // 2].inputs) for i, s in enumerate(samples)]
+    policy = models.Policy(lm, False)
+    world = amft.World(torch.device("cpu"))
+    (batch,) = amft.batches([amft.Row(t, [0.0] * len(t.ids)) for t in turns], 0, 4, world, 1)
+    logprobs, _, _ = policy(batch["ids"], batch["mask"], **batch["inputs"])
+    torch.testing.assert_close(logprobs[batch["mask"]], batch["old"][batch["mask"]], rtol=0, atol=1e-4)
+    changed = models.Prompt(prompts[0].ids, prompts[0].inputs | {"pixel_values": -prompts[0].inputs["pixel_values"]})
+    other = models.sample_with_pictures(lm, tokenizer, [changed], 2, 6, 1.0, frozenset([2]), 8, [1] * 2)
+    assert other[0].logprobs[0] != samples[0].logprobs[0]
+
+
 @pytest.fixture(scope="module")
 def tiny_and_prompts():
     _, tokenizer = models.load_config("tiny")
