@@ -646,7 +646,7 @@ def test_vision_models(family):
         rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
         config = t.Qwen2_5_VLConfig(text_config=text | {"num_hidden_layers": 2, "rope_parameters": rope}, vision_config=vision, image_token_id=190, vision_start_token_id=192, tie_word_embeddings=True)
         ids = [5, 6, 192, 190, 190, 190, 190, 193, 7]
-        make = lambda n: {"pixel_values": torch.randn(16, 588), "image_grid_thw": torch.tensor([[1, 4, 4]]),  # noqa: E731
+        make = lambda n: {"pixel_values": torch.randn(16, 1176), "image_grid_thw": torch.tensor([[1, 4, 4]]),  # noqa: E731
                           "mm_token_type_ids": torch.tensor([[0] * n + [int(x == 190) for x in ids]])}
     else:
         vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2, "image_size": 28, "patch_size": 14, "max_num_tiles": 2,
