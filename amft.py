@@ -52,7 +52,7 @@ class Args:
     """Where prompts, demonstrations and rewards come from: data.py (math) or games.py. It sets the defaults that are "by task"."""
     model: str | None = None
     """tiny, tiny_bare (tiny with a habit of bare answers), a local folder in Hugging Face format, or a hub name. By task: tiny_bare, tiny_games
-    (tiny after some of the experts' answers), tiny_vision with --vision."""
+    (tiny after the experts' answers, with the same habit), tiny_vision with --vision."""
     data: str = "embedded"
     """embedded, hub (Elliott/Openr1-Math-46k-8192), or a file or folder with problem, solution and answer; see data.py."""
     subjects: tuple[str, ...] = ()
@@ -85,13 +85,13 @@ class Args:
     """amft; sft; rl (GRPO or PPO, see --advantage); sft_then_rl; fixed (constant mu = --mu-init); chord (2508.11408); luffy
     (2504.14945); srft (2506.19767); hpt (2509.04419)."""
     steps: int | None = None
-    """Optimizer steps (times --epochs and --minibatches), the warm-up included. By task: 80, 80, 50."""
+    """Optimizer steps (times --epochs and --minibatches), the warm-up included. By task: 80, 70, 40."""
     warmup_steps: int | None = None
-    """W, SFT steps at the beginning, counted in --steps. Default: math 5 for amft, 0 for the other methods; games 20, 10."""
+    """W, SFT steps at the beginning, counted in --steps. Default: 5 for amft, 0 for the other methods."""
     warmup_batch: int | None = None
-    """Demonstrated prompts per warm-up step. By task: --prompts-per-step, 32, 4."""
+    """Demonstrated prompts per warm-up step. Default: --prompts-per-step."""
     warmup_lr: float | None = None
-    """Learning rate of the warm-up. By task: --lr, 3e-4, 3e-4."""
+    """Learning rate of the warm-up. Default: --lr."""
     lr: float = 3e-5
     """alpha, AdamW (paper's code: 1e-6 for 7B models)."""
     lr_warmup: int = 5
@@ -107,7 +107,7 @@ class Args:
     prompts_per_step: int | None = None
     """Prompts (games: deals, routes) per step, over all ranks. By task: 16, 8, 4."""
     samples: int | None = None
-    """G, responses per prompt (luffy: one of them is the demonstration). By task: 8, 8, 6."""
+    """G, responses per prompt (luffy: one of them is the demonstration). By task: 8, 8, 4."""
     max_new_tokens: int = 96
     """Longest response (of a turn)."""
     advantage: Literal["grpo", "gae"] = "grpo"
@@ -354,12 +354,13 @@ def mu_of_step(args: Args, step: int, controller: Controller) -> float:
 
 def with_defaults(args: Args) -> Args:
     """The defaults that depend on the task and the method."""
-    sft_start = {"model": "tiny_vision" if args.vision else "tiny_games", "warmup_lr": 3e-4}
-    by_task = {"math": {"model": "tiny_bare", "steps": 80, "warmup_steps": 5 if args.method == "amft" else 0, "warmup_lr": args.lr, "prompts_per_step": 16, "samples": 8},
-               "general_points": sft_start | {"steps": 80, "warmup_steps": 20, "warmup_batch": 32, "prompts_per_step": 8, "samples": 8},
-               "virl": sft_start | {"steps": 50, "warmup_steps": 10, "warmup_batch": 4, "prompts_per_step": 4, "samples": 6}}[args.task]
+    first = 5 if args.method == "amft" else 0
+    model = "tiny_vision" if args.vision else "tiny_games"
+    by_task = {"math": {"model": "tiny_bare", "steps": 80, "warmup_steps": first, "prompts_per_step": 16, "samples": 8},
+               "general_points": {"model": model, "steps": 70, "warmup_steps": first, "prompts_per_step": 8, "samples": 8},
+               "virl": {"model": model, "steps": 40, "warmup_steps": first, "prompts_per_step": 4, "samples": 4}}[args.task]
     args = replace(args, **{k: v for k, v in by_task.items() if getattr(args, k) is None})
-    rest = {"warmup_batch": args.prompts_per_step, "validation_prompts": args.prompts_per_step}
+    rest = {"warmup_batch": args.prompts_per_step, "warmup_lr": args.lr, "validation_prompts": args.prompts_per_step}
     return replace(args, **{k: v for k, v in rest.items() if getattr(args, k) is None})
 
 

@@ -948,7 +948,8 @@ def make_vision(args: Args) -> None:
 
 
 def make_games(args: Args) -> None:
-    """tiny -> tiny_games: the experts' answers to both games, with short prompts, in distribution; too few to play well."""
+    """tiny -> tiny_games: the experts' answers to both games, with short prompts, in distribution; then a habit of bare answers, as in
+    make_bare: 60% of the examples keep of the JSON only its last field, the formula or the action."""
     from data import Encoded, collate
     from games import VIRL, GeneralPoints
 
@@ -960,7 +961,7 @@ def make_games(args: Args) -> None:
     cards, city = GeneralPoints(compact=True, split="pretraining"), VIRL(compact=True, turns=(2, 3), forward_points=1, split="pretraining")
     walks: list = []
 
-    def batch(step: int) -> dict:
+    def batch(step: int, bare: float = 0.0) -> dict:
         if step % 2:
             turns = [demonstrate(tokenizer, cards, step * 32 + i).turns[0] for i in range(32)]
         else:
@@ -968,17 +969,43 @@ def make_games(args: Args) -> None:
                 walks.extend(t for i in range(50) for t in demonstrate(tokenizer, city, rng.randrange(10**9)).turns)
             rng.shuffle(walks)
             turns = [walks.pop() for _ in range(16)]
-        return collate([Encoded(t.prompt + t.ids, len(t.prompt)) for t in turns], tokenizer.pad_token_id)
+        rows = []
+        for t in turns:
+            ids = t.ids
+            if rng.random() < bare:
+                last = list(json.loads(t.text).items())[-1]
+                ids = tokenizer(json.dumps(dict([last])), add_special_tokens=False)["input_ids"] + t.ids[-1:]
+            rows.append(Encoded(t.prompt + ids, len(t.prompt)))
+        return collate(rows, tokenizer.pad_token_id)
+
+    def test(when: str) -> None:
+        for name, game in (("General Points", GeneralPoints(compact=True, split="test", attempts=2)), ("V-IRL", VIRL(compact=True, turns=(2, 3), forward_points=1, split="test"))):
+            episodes = [g[0] for g in play(model.eval(), tokenizer, game, range(100), 1, "test", 96, temperature=0)]
+            turns = [t for e in episodes for t in e.turns]
+            print(f"{when}: {name}: won {sum(e.won for e in episodes)} of 100, right turns {sum(t.reward > 0 for t in turns)} of {len(turns)}", flush=True)
+        model.train()
 
     losses = fit(model, batch, args.game_steps, 3e-3, warmup=20)
+    model.to(torch.bfloat16).float()
+    test("full answers")
+    count = iter(range(args.game_steps, args.game_steps + 60))
+    habit(model, lambda: batch(next(count), bare=0.6))
+    model.to(torch.bfloat16).float()
+    test("with the habit")
     shutil.rmtree(out, ignore_errors=True)
     save_pretrained(out, model, tokenizer, full_weights(model, torch.bfloat16), torch.bfloat16)
     for name, k in (("V-IRL", 0), ("General Points", 1)):
         print(name, "loss", " ".join(f"{sum(x) / len(x):.3f}" for x in (losses[i + k : i + 200 : 2] for i in range(0, len(losses), 200))))
-    for name, game in (("General Points", GeneralPoints(compact=True, split="test")), ("V-IRL", VIRL(compact=True, turns=(2, 3), forward_points=1, split="test"))):
-        episodes = [g[0] for g in play(model.eval(), tokenizer, game, range(100), 1, "test", 96, temperature=0)]
-        turns = [t for e in episodes for t in e.turns]
-        print(f"{name}: won {sum(e.won for e in episodes)} of 100, right turns {sum(t.reward > 0 for t in turns)} of {len(turns)}")
+
+
+def habit(model, batch: Callable[[], dict]) -> None:
+    """60 steps of AdamW at 3e-4."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0, fused=True)
+    for _ in tqdm(range(60)):
+        b = batch()
+        (token_loss(model, b) / (b["labels"] != -100).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def make_bare(args: Args) -> None:
@@ -994,12 +1021,7 @@ def make_bare(args: Args) -> None:
     rows = [e for family in embedded_examples(400, args.seed, "train", "pretraining").values() for e in family]
     rows = [replace(e, response=f"\\boxed{{{e.answer}}}") if rng.random() < 0.6 else e for e in rows]
     encoded, _ = encode(tokenizer, rows, 256)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0, fused=True)
-    for _ in tqdm(range(60)):
-        batch = collate([encoded[e.id] for e in rng.sample(rows, 32)], tokenizer.pad_token_id)
-        (token_loss(model, batch) / (batch["labels"] != -100).sum()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    habit(model, lambda: collate([encoded[e.id] for e in rng.sample(rows, 32)], tokenizer.pad_token_id))
     shutil.rmtree(out, ignore_errors=True)
     save_pretrained(out, model, tokenizer, full_weights(model, torch.bfloat16), torch.bfloat16)
     print(out)
