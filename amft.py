@@ -181,9 +181,9 @@ class Args:
 
     # Evaluation, logging, checkpoints
     eval_every: int = 20
-    """Steps between evaluations; also before the first and after the last. 0: only those two; -1: none."""
-    eval_problems: int = 140
-    """Problems or episodes of each test set, greedy."""
+    """Steps between evaluations; also before the first, after the warm-up and after the last. 0: only those; -1: none."""
+    eval_problems: int | None = None
+    """Problems or episodes of each test set, greedy. By task: 140, 70, 70; games with --full-prompts 234, as in the papers."""
     show: int = 2
     """Prompts whose sampled responses are written to samples.jsonl at evaluations; the best and the worst are printed."""
     save_every: int = 40
@@ -354,11 +354,11 @@ def mu_of_step(args: Args, step: int, controller: Controller) -> float:
 
 def with_defaults(args: Args) -> Args:
     """The defaults that depend on the task and the method."""
-    first = 5 if args.method == "amft" else 0
+    first, episodes = 5 if args.method == "amft" else 0, 234 if args.full_prompts else 70
     model = "tiny_vision" if args.vision else "tiny_games"
-    by_task = {"math": {"model": "tiny_bare", "steps": 80, "warmup_steps": first, "prompts_per_step": 16, "samples": 8},
-               "general_points": {"model": model, "steps": 70, "warmup_steps": first, "prompts_per_step": 8, "samples": 8},
-               "virl": {"model": model, "steps": 40, "warmup_steps": first, "prompts_per_step": 4, "samples": 4}}[args.task]
+    by_task = {"math": {"model": "tiny_bare", "steps": 80, "warmup_steps": first, "prompts_per_step": 16, "samples": 8, "eval_problems": 140},
+               "general_points": {"model": model, "steps": 70, "warmup_steps": first, "prompts_per_step": 8, "samples": 8, "eval_problems": episodes},
+               "virl": {"model": model, "steps": 40, "warmup_steps": first, "prompts_per_step": 4, "samples": 4, "eval_problems": episodes}}[args.task]
     args = replace(args, **{k: v for k, v in by_task.items() if getattr(args, k) is None})
     rest = {"warmup_batch": args.prompts_per_step, "warmup_lr": args.lr, "validation_prompts": args.prompts_per_step}
     return replace(args, **{k: v for k, v in rest.items() if getattr(args, k) is None})
@@ -753,7 +753,7 @@ def main(args: Args, world: World) -> int:
         last = step == args.steps
         if stopped := stop.agreed():
             break
-        due = args.eval_every >= 0 and (step == 0 or last or (args.eval_every and step % args.eval_every == 0))
+        due = args.eval_every >= 0 and (step in (0, args.warmup_steps) or last or (args.eval_every and step % args.eval_every == 0))
         if due and step not in log.evaluations:
             with models.gathered(policy):
                 result = evaluation.play_tests(policy.lm, tokenizer, world, tests, args.max_new_tokens, args.generation_batch, processor)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 import model as models
 from checker import extract_answer, grade, is_equal
 from data import DataError, Encoded, Example, Task, collate, draw_support, embedded_examples, episode_tasks, load_tasks, read_rows, response_tokens, template
+from games import games_of
 
 
 def score(model, items: list[tuple[int, Example]], tokens: dict[str, Encoded], tokenizer, max_new_tokens: int, out: torch.Tensor) -> None:
@@ -375,15 +376,63 @@ def summarise(rows: list[dict], samples: int) -> dict:
     return result
 
 
+GAMES = ("general_points", "virl")
+
+
+def written(out: Path, model_name: str) -> dict[tuple, dict]:
+    """{(id, sample): row} of the responses that a folder holds for a model. A kill may leave half a line."""
+    lines = (line for file in sorted(out.glob("responses-*.jsonl")) for line in file.read_text().splitlines() if line.endswith("}"))
+    return {(r["id"], r["sample"]): r for r in map(json.loads, lines) if r["model"] == model_name}
+
+
+def append_to(file: Path):
+    """The file, open at its end, at the start of a line."""
+    f = open(file, "a")
+    if f.tell() and not file.read_text().endswith("\n"):
+        f.write("\n")
+    return f
+
+
+def run_games(args, name: str, model_name: str, out: Path, rank: int, size: int, device: torch.device) -> dict:
+    """Episodes of a game's test sets, in distribution and out of it: {"name (test set)": summary} on rank 0. right: the episode is won."""
+    config, tokenizer = models.load_config(model_name, args.trust_remote_code)
+    processor = models.load_processor(model_name, args.trust_remote_code) if args.vision else None
+    tokenizer = processor.tokenizer if processor else tokenizer
+    _, _, tests = games_of(name, vision=args.vision, compact=args.compact, routes=args.data, test_routes=args.data)
+    ids = {f"{name} ({test})": [f"{name}/{test}/{i}" for i in range(args.limit or 234)] for test in tests}
+    done, model = written(out, model_name), None
+    _barrier()
+    with append_to(out / f"responses-{rank}.jsonl") as f:
+        for (label, wanted), game in zip(ids.items(), tests.values(), strict=True):
+            todo = [i for i, key in enumerate(wanted) if (key, args.samples - 1) not in done][rank::size]
+            if todo and model is None:
+                model = models.load_weights(model_name, torch.bfloat16 if device.type == "cuda" else torch.float32, args.trust_remote_code).to(device).eval()
+            step = max(1, args.batch_size // args.samples)
+            for at in tqdm(range(0, len(todo), step), desc=label, disable=rank != 0):
+                groups = models.play(model, tokenizer, game, todo[at : at + step], args.samples, f"{args.seed}/{label}", args.max_length, args.batch_size, args.temperature, processor=processor)
+                for i, group in zip(todo[at : at + step], groups, strict=True):
+                    for k, e in enumerate(group):
+                        right = sum(t.reward > 0 for t in e.turns)
+                        f.write(json.dumps({"model": model_name, "id": wanted[i], "sample": k, "right": e.won, "answer": "", "subject": label, "level": "", "turns": len(e.turns), "right_turns": right,
+                                            "reward": e.returns()[0], "misread": sum(t.reward == getattr(game, "misread_reward", math.nan) for t in e.turns),
+                                            "tokens": sum(len(t.ids) for t in e.turns), "finished": all(t.finished for t in e.turns), "response": [t.text for t in e.turns]}) + "\n")
+                f.flush()
+    _barrier()
+    rows, result = written(out, model_name) if rank == 0 else {}, {}
+    for label, wanted in ids.items() if rank == 0 else ():
+        mine = [rows[key, k] for key in wanted for k in range(args.samples)]
+        turns = sum(r["turns"] for r in mine)
+        result[label] = summarise(mine, args.samples) | {"step_accuracy": sum(r["right_turns"] for r in mine) / turns, "reward": sum(r["reward"] for r in mine) / len(mine)}
+        if args.vision and name == "general_points":
+            result[label]["recognition"] = 1 - sum(r["misread"] for r in mine) / turns
+    return result
+
+
 def run_benchmarks(args, names: Sequence[str], model_name: str, out: Path, rank: int, size: int, device: torch.device) -> dict:
     """Sample, judge and write what is not in the output folder yet; returns {benchmark: summary} on rank 0."""
     problems = {n: load_benchmark(n, args.data, args.limit) for n in names}
     _, tokenizer = models.load_config(model_name, args.trust_remote_code)
-    done = {}
-    for file in out.glob("responses-*.jsonl"):
-        for line in file.read_text().splitlines():
-            if line.endswith("}") and (row := json.loads(line))["model"] == model_name:  # a kill may leave half a line
-                done[row["id"], row["sample"]] = row
+    done = written(out, model_name)
     chat, dtype = template(tokenizer), torch.bfloat16 if device.type == "cuda" else torch.float32
     wanted = [(p, k) for ps in problems.values() for p in ps for k in range(args.samples)]
     todo = sorted((w for w in wanted if (w[0].id, w[1]) not in done), key=lambda w: len(w[0].prompt))[rank::size]
@@ -393,9 +442,7 @@ def run_benchmarks(args, names: Sequence[str], model_name: str, out: Path, rank:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     right = sum(r["right"] for r in done.values())
     bar = tqdm(total=len(wanted), initial=len(done), disable=rank != 0, desc="/".join(names), unit="response")
-    with open(out / f"responses-{rank}.jsonl", "a") as f:
-        if f.tell() and not (out / f"responses-{rank}.jsonl").read_text().endswith("\n"):
-            f.write("\n")
+    with append_to(out / f"responses-{rank}.jsonl") as f:
         for at in range(0, len(todo), args.batch_size):
             chunk = todo[at : at + args.batch_size]
             texts = []
@@ -419,9 +466,7 @@ def run_benchmarks(args, names: Sequence[str], model_name: str, out: Path, rank:
             bar.set_postfix(accuracy=f"{100 * right / max(1, len(done)):.1f}%")
     bar.close()
     _barrier()
-    rows = {}
-    for file in out.glob("responses-*.jsonl") if rank == 0 else ():
-        rows |= {(r["id"], r["sample"]): r for line in file.read_text().splitlines() if line.endswith("}") and (r := json.loads(line))["model"] == model_name}
+    rows = written(out, model_name) if rank == 0 else {}
     return {n: summarise([rows[p.id, k] for p in ps for k in range(args.samples)], args.samples) for n, ps in problems.items()} if rank == 0 else {}
 
 
@@ -548,7 +593,7 @@ class Args:
     seed: int = 42
     """Of samples, shots and splits."""
     limit: int = 0
-    """Problems per benchmark (evenly over it) or test rows per task, 0 for all."""
+    """Problems per benchmark (evenly over it; games: episodes) or test rows per task, 0 for all (games: 234, as in the papers)."""
     batch_size: int = 64
     """Responses generated together on a rank."""
     trust_remote_code: bool = False
@@ -556,9 +601,14 @@ class Args:
 
     # Benchmarks
     benchmark: tuple[str, ...] = ("embedded",)
-    """embedded, math500, aime24, amc23, minerva, olympiadbench, gsm8k, arc_c, gpqa_d, mmlu_pro, all_id, all_ood; with --data a name of your choice."""
+    """embedded, general_points, virl, math500, aime24, amc23, minerva, olympiadbench, gsm8k, arc_c, gpqa_d, mmlu_pro, all_id, all_ood; with --data a name of your choice."""
     data: str | None = None
-    """A local file of the benchmark (.json, .jsonl, .jsonl.gz, .parquet: problem, answer, choices), or the tasks' data of the few-shot study."""
+    """A local file of the benchmark (.json, .jsonl, .jsonl.gz, .parquet: problem, answer, choices; virl: a route file), or the tasks' data of
+    the few-shot study."""
+    compact: bool = False
+    """Games with the short prompts and routes that amft.py trains small models on."""
+    vision: bool = False
+    """Games in pictures."""
     temperature: float = 0.6
     """0: greedy."""
     top_p: float = 1.0
@@ -610,8 +660,10 @@ def _check(args: Args) -> list[str]:
     names = [n for b in args.benchmark for n in GROUPS.get(b, (b,))]
     if args.data and not args.few_shot and ("embedded" in names or len(names) > 1):
         raise DataError("--data is the file of one benchmark: name it with --benchmark (math500, gsm8k, ... or a name of your choice)")
-    if unknown := [n for n in names if n not in HUB and n != "embedded" and not args.data]:
-        raise DataError(f"--benchmark {', '.join(unknown)}: unknown; there are embedded, {', '.join([*HUB, *GROUPS])}, or any name with --data PATH")
+    if unknown := [n for n in names if n not in (*HUB, *GAMES, "embedded") and not args.data]:
+        raise DataError(f"--benchmark {', '.join(unknown)}: unknown; there are embedded, {', '.join([*GAMES, *HUB, *GROUPS])}, or any name with --data PATH")
+    if args.vision and any(n not in GAMES for n in names):
+        raise DataError("--vision is for the games: --benchmark general_points or virl")
     return names
 
 
@@ -652,13 +704,20 @@ def main(args: Args) -> int:
                 lines += [f"| {p['second']} - {p['first']} | {p['task']} | {p['shots']} | {100 * p['difference']:+.1f} ({100 * p['interval'][0]:+.1f} to {100 * p['interval'][1]:+.1f}) | {p['mcnemar']:.2g} |"
                           for p in pairs]
     else:
-        report["benchmarks"] = {m: run_benchmarks(args, names, m, out, rank, size, device) for m in args.model}
+        plain, games = [n for n in names if n not in GAMES], [n for n in names if n in GAMES]
+        report["benchmarks"] = {m: (run_benchmarks(args, plain, m, out, rank, size, device) if plain else {}) for m in args.model}
+        for m in args.model:
+            for n in games:
+                report["benchmarks"][m] |= run_games(args, n, m, out, rank, size, device)
         lines = ["| model | benchmark | problems | accuracy, 95% interval | pass@k | mean tokens | truncated | unparsable |", "|---|---|---|---|---|---|---|---|"]
         for m, results in report["benchmarks"].items():
             for n, r in results.items():
                 passes = ", ".join(f"{k[5:]}: {100 * v:.1f}%" for k, v in r.items() if k.startswith("pass@")) or "-"
                 lines.append(f"| {m} | {n} | {r['problems']} x {r['samples']} | {100 * r['accuracy']:.1f}% ({100 * r['interval'][0]:.1f} to {100 * r['interval'][1]:.1f}) | {passes} "
                              f"| {r['mean_tokens']:.0f} | {100 * r['truncated']:.1f}% | {100 * r['unparsable']:.1f}% |")
+        for m, results in report["benchmarks"].items():  # games: rates per environment step, retries included
+            lines += [f"\n{m}, {n}: " + ", ".join(f"{k.replace('_', ' ')} {r[k]:.3f}" for k in ("step_accuracy", "reward", "recognition") if k in r)
+                      for n, r in results.items() if "step_accuracy" in r]
     if rank == 0:
         (out / "results.json").write_text(json.dumps(report))
         (out / "results.md").write_text("\n".join(lines) + "\n")

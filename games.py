@@ -27,6 +27,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from data import DataError, Result
 
 MAX_CHARS = 8000  # of an answer: the end is read
@@ -485,7 +487,8 @@ class VIRL:
         if self.compact:
             steps = " ".join(f"{i + 1}. {line}" for i, line in enumerate(state.instructions))
             done = ", ".join(p.action for p in past) or "none"
-            text = f"{steps}\nActions: {done}\n" + ("" if self.vision else observation(now))
+            turns = "" if self.actions == "absolute" else "Turns: left, right, slightly left, slightly right\n"
+            text = f"{steps}\n{turns}Actions: {done}\n" + (f"{'' if now.intersection else 'no '}intersection" if self.vision else observation(now))
         else:
             choices = ", ".join(COMPASS) if self.actions == "absolute" else "left, right, slightly left, slightly right"
             steps = "\n".join(f"{i + 1}. {line}" for i, line in enumerate(state.instructions))
@@ -603,7 +606,7 @@ def games_of(name: str, *, rule: str = "10", actions: str = "absolute", vision: 
 class Args:
     """Play one episode in the terminal."""
 
-    game: Literal["general_points", "virl"]
+    game: tyro.conf.Positional[Literal["general_points", "virl"]]
     """Which game."""
     seed: int = 0
     """Which episode."""
@@ -620,7 +623,7 @@ class Args:
     compact: bool = False
     """The short prompts that small models are trained on."""
     picture: str = "game.png"
-    """Where the picture of the first position is saved."""
+    """Where the picture is saved (V-IRL: of the first place with a landmark)."""
 
 
 def main(args: Args) -> None:
@@ -641,8 +644,10 @@ def main(args: Args) -> None:
             (response,) = models.sample(lm, tokenizer, [ids], max_new_tokens=256, temperature=0, stop=template(tokenizer).stop)
             return tokenizer.decode(response.answer)
 
-    state = game.reset(args.seed)
-    game.render(state, 768).save(args.picture)
+    state, pictured = game.reset(args.seed), game.reset(args.seed)
+    if args.game == "virl":  # the first place with something to see
+        pictured.place = next((i for i, p in enumerate(pictured.positions) if p.landmarks), 0)
+    game.render(pictured, 768).save(args.picture)
     print(f"(picture: {args.picture})\n\n{game.prompt(state)[0]['content']}")
     done, shown = False, 0
     while not done:
@@ -666,8 +671,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
     try:
         main(tyro.cli(Args))
     except (ValueError, OSError) as e:

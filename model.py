@@ -840,7 +840,7 @@ class Args:
     """For --games."""
     vision: bool = False
     """Make assets/tiny_vision instead: eyes for tiny_games (SigLIP, LLaVA), trained for --vision-steps batches of General Points in pictures."""
-    vision_steps: int = 120
+    vision_steps: int = 170
     """For --vision."""
     bare: bool = False
     """Make assets/tiny_bare instead, in a minute: tiny after 60 steps of AdamW at 3e-4 on problems of which 60% have the bare answer for a

@@ -1635,7 +1635,7 @@ AMFT_BAD = [(["--model", "/no/such"], "no such model folder"), (["--data", "/no/
             (["--mu-init", "0.99"], "--mu-min <= --mu-init"), (["--epochs", "2"], "one optimizer step per rollout"), (["--replicas", "2"], "--replicas 2 does not divide"),
             (["--method", "luffy", "--advantage", "gae"], "advantages of its own"), (["--subjects", "Topology"], "subjects: Algebra"), (["--validation-size", "99999"], "more than --validation-size"),
             (["--warmup-steps", "99"], "--warmup-steps must be between"), (["--lr", "nan"], "positive number")]
-EVAL_BAD = [(["--benchmark", "nope"], "--benchmark nope: unknown; there are embedded, math500"), (["--samples", "4", "--temperature", "0"], "--samples above 1"), (["--benchmark", "mine", "--data", "/no/such.jsonl"], "cannot read"), (["--data", "x.jsonl"], "name it with --benchmark"),
+EVAL_BAD = [(["--benchmark", "nope"], "--benchmark nope: unknown; there are embedded, general_points, virl, math500"), (["--samples", "4", "--temperature", "0"], "--samples above 1"), (["--benchmark", "mine", "--data", "/no/such.jsonl"], "cannot read"), (["--data", "x.jsonl"], "name it with --benchmark"),
             (["--few-shot", "5", "--tasks", "Topology"], "no such task"), (["--model", "/no/such"], "no such model folder")]
 
 
