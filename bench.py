@@ -240,7 +240,7 @@ def rollout_ours(name: str, device: str) -> Callable[[], None]:
     draw, calls = models._draw, [0, torch.arange(64)]
 
     def ending(logits, u, temperature, top_p):  # forces the end token at each row's length
-        token = draw(logits, u, temperature, top_p)
+        token, logprob = draw(logits, u, temperature, top_p)
         token[token == tokenizer.eos_token_id] += 1
         calls[0] += 1
         over = ends[calls[1]] <= calls[0]
@@ -249,7 +249,7 @@ def rollout_ours(name: str, device: str) -> Callable[[], None]:
         kept = torch.arange(len(left))
         kept[over[: len(left)]] = left[left >= len(left)]
         calls[1] = calls[1][kept]
-        return token
+        return token, logprob
 
     models._draw = ending
 

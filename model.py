@@ -291,18 +291,34 @@ def _uniform(seeds: torch.Tensor, t: int) -> torch.Tensor:
     return ((z >> 11) & 0x1FFFFFFFFFFFFF).double() / 2**53
 
 
-def _draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """[B] tokens from [B, V] logits by inverting the distribution function at u [B]; temperature 0 takes the largest."""
+def _invert(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of weights [B, N] the place where its running sum passes target [B], and the sum before that place."""
+    sums = weights.cumsum(-1)
+    place = torch.searchsorted(sums, target[:, None], right=True).clamp(max=weights.shape[1] - 1)
+    return place.squeeze(1), (sums.gather(1, place) - weights.gather(1, place)).squeeze(1)
+
+
+def _draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """([B] tokens, [B] their untempered log-probabilities) from [B, V] logits, by inverting the distribution function at u [B];
+    temperature 0 takes the largest. The running sum goes over blocks of 256 tokens and then within one: a sum over all is slow."""
+    plain = logits.softmax(-1)
+    top, where = logits.max(-1)
+    scale = top - plain.gather(1, where[:, None]).squeeze(1).log()  # log sum exp, from the largest probability, which is never small
     if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits / temperature).softmax(-1)
-    order = None
-    if top_p < 1:  # the smallest set of most likely tokens with at least that mass
-        probs, order = probs.sort(-1, descending=True)
-        probs = probs * (probs.cumsum(-1) - probs < top_p)
-    cumulative = probs.cumsum(-1)
-    token = torch.searchsorted(cumulative, (u.to(probs.dtype) * cumulative[:, -1])[:, None], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return token if order is None else order.gather(1, token[:, None]).squeeze(1)
+        token = where
+    else:
+        probs, order = plain if temperature == 1 else (logits / temperature).softmax(-1), None
+        if top_p < 1:  # the smallest set of most likely tokens with at least that mass
+            probs, order = probs.sort(-1, descending=True)
+            probs = probs * (probs.cumsum(-1) - probs < top_p)
+        blocks = F.pad(probs, (0, -probs.shape[1] % 256)).unflatten(1, (-1, 256))
+        sums = blocks.sum(-1)
+        target = u.to(probs.dtype) * sums.sum(-1)
+        block, before = _invert(sums, target)
+        place, _ = _invert(blocks[torch.arange(len(blocks), device=blocks.device), block], target - before)
+        token = (256 * block + place).clamp(max=logits.shape[1] - 1)
+        token = token if order is None else order.gather(1, token[:, None]).squeeze(1)
+    return token, logits.gather(1, token[:, None]).squeeze(1) - scale
 
 
 @functools.cache
@@ -401,9 +417,8 @@ def sample(model, tokenizer, prompts: Sequence[Sequence[int]], samples_per_promp
                     cache.batch_repeat_interleave(n)
                     logits, positions, mask = (x.repeat_interleave(n, 0) for x in (logits, positions, mask))
                 _with_room(cache, min(max_new_tokens, 256))
-            token = _draw(logits, _uniform(seeds[rows], t), temperature, top_p)
-            tokens[rows, t] = token
-            logprobs[rows, t] = logits.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+            token, logprob = _draw(logits, _uniform(seeds[rows], t), temperature, top_p)
+            tokens[rows, t], logprobs[rows, t] = token, logprob
             ended = torch.isin(token, stop_ids)
             if ended.any():
                 finished[rows[ended]], lengths[rows[ended]] = True, t + 1
@@ -427,6 +442,33 @@ def sample(model, tokenizer, prompts: Sequence[Sequence[int]], samples_per_promp
 # The policy: a language model, with log-probabilities that never hold [B, T, V] in fp32
 
 
+class TokenLogprobs(torch.autograd.Function):
+    """logits [n, V], targets [n] -> log pi(target) [n] and the entropy [n], with one buffer of n x V numbers kept: log_softmax and what
+    follows it would make five, and half of a step of a small model with a large vocabulary goes there."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.set_materialize_grads(False)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        p = logits.softmax(-1)
+        top, where = logits.max(-1)
+        scale = top - p.gather(1, where[:, None]).squeeze(1).log()  # log sum exp
+        entropy = scale - torch.linalg.vecdot(p, logits)
+        ctx.save_for_backward(p, targets, entropy)
+        return logits.gather(1, targets[:, None]).squeeze(1) - scale, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        p, targets, entropy = ctx.saved_tensors
+        factor = 0.0 if grad_logprobs is None else -grad_logprobs[:, None]
+        if grad_entropy is not None:  # dH / dlogit = -p (log p + H)
+            factor = factor - grad_entropy[:, None] * (p.clamp(min=torch.finfo(p.dtype).tiny).log() + entropy[:, None])
+        grad = p * factor
+        if grad_logprobs is not None:
+            grad[torch.arange(len(targets), device=targets.device), targets] += grad_logprobs
+        return grad, None
+
+
 class Policy(torch.nn.Module):
     """A causal language model `lm`, and a value head on its last hidden state where the advantages need one."""
 
@@ -444,10 +486,8 @@ class Policy(torch.nn.Module):
         logits = self.lm.get_output_embeddings()(hidden)
         if cap := getattr(self.config.get_text_config(), "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
-        logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+        logprobs, entropy = TokenLogprobs.apply(logits, targets)
+        return logprobs, entropy if entropy_gradient else entropy.detach()
 
     def forward(self, input_ids: torch.Tensor, mask: torch.Tensor, entropy_gradient: bool = False, **inputs):
         """input_ids [B, T] padded on the right, mask [B, T-1]: where input_ids[:, 1:] is a response token.
@@ -457,7 +497,7 @@ class Policy(torch.nn.Module):
         """
         hidden = self.lm.base_model(input_ids=input_ids, use_cache=False, **inputs)[0][:, :-1][mask]  # [n, H]
         targets = input_ids[:, 1:][mask]
-        size = max(1, 2**26 // self.config.get_text_config().vocab_size)  # 256 MB of fp32 logits
+        size = max(1, 2**27 // self.config.get_text_config().vocab_size)  # 512 MB of fp32 logits; more of them are made again in backward
         head = functools.partial(checkpoint, self._head, use_reentrant=False) if len(hidden) > size else self._head
         parts = [head(hidden[i : i + size], targets[i : i + size], entropy_gradient) for i in range(0, len(hidden), size)]
         logprobs, entropy = (torch.cat(p) for p in zip(*parts, strict=True))
@@ -840,7 +880,7 @@ class Args:
     """For --games."""
     vision: bool = False
     """Make assets/tiny_vision instead: eyes for tiny_games (SigLIP, LLaVA), trained for --vision-steps batches of General Points in pictures."""
-    vision_steps: int = 170
+    vision_steps: int = 130
     """For --vision."""
     bare: bool = False
     """Make assets/tiny_bare instead, in a minute: tiny after 60 steps of AdamW at 3e-4 on problems of which 60% have the bare answer for a

@@ -705,11 +705,17 @@ def test_sampler(tiny_and_prompts):
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(40_000, 4)
     u = models._uniform(torch.arange(40_000), 5)
     assert abs(u.mean().item() - 0.5) < 0.01 and abs(torch.corrcoef(torch.stack([u, models._uniform(torch.arange(40_000), 6)]))[0, 1]) < 0.02
+    wide = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)) * 3  # several blocks: the inverse of the running sum
+    for x in torch.linspace(0, 0.9999, 50):
+        token, logprob = models._draw(wide, x.double().expand(3), 1.0, 1.0)
+        cumulative = wide.double().softmax(-1).cumsum(-1)
+        assert all(cumulative[i, t] > x - 1e-5 and (t == 0 or cumulative[i, t - 1] < x + 1e-5) for i, t in enumerate(token))
+        torch.testing.assert_close(logprob, wide.log_softmax(-1).gather(1, token[:, None]).squeeze(1))
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
         p = (logits[0] / temperature).softmax(-1)
         if top_p < 1:
             p = torch.tensor([0.0, p[1], p[2], 0.0]) / (p[1] + p[2])  # 0.24 + 0.64 reach 0.8
-        share = torch.bincount(models._draw(logits, u, temperature, top_p), minlength=4) / 40_000
+        share = torch.bincount(models._draw(logits, u, temperature, top_p)[0], minlength=4) / 40_000
         torch.testing.assert_close(share, p, rtol=0, atol=0.01)
 
 
@@ -1601,6 +1607,27 @@ def test_benchmark_continues_after_a_kill(tmp_path, small_model):
     assert run(*command, "--seed", "1", "--output-dir", cut).returncode == 2
 
 
+def test_games_as_benchmarks(tmp_path):
+    """A killed evaluation of a game continues; won episodes and right turns are those that the written answers earn when played again."""
+    args = evaluation.Args(model=("tiny_games",), benchmark=("general_points",), compact=True, limit=6, samples=2, temperature=1.0, max_length=64, output_dir=str(tmp_path / "g"))
+    assert evaluation.main(args) == 0
+    file = tmp_path / "g" / "responses-0.jsonl"
+    first, whole = json.loads((tmp_path / "g" / "results.json").read_text()), file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:10]) + '{"model": "tiny_ga')
+    assert evaluation.main(args) == 0
+    assert json.loads((tmp_path / "g" / "results.json").read_text()) == first
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    assert len(lines) == 24 and len({(r["id"], r["sample"]) for r in lines}) == 24
+    tests = games.games_of("general_points", compact=True)[2]
+    for r in lines:
+        _, name, i = r["id"].split("/")
+        state = tests[name].reset(int(i))
+        results = [tests[name].step(state, text) for text in r["response"]]
+        assert results[-1].won == r["right"] and results[-1].done and sum(x.reward for x in results) == r["reward"] and sum(x.reward > 0 for x in results) == r["right_turns"]
+    summary = first["benchmarks"]["tiny_games"]["general_points (in distribution)"]
+    assert summary["problems"] == 6 and summary["accuracy"] == sum(r["right"] for r in lines if "in distribution" in r["id"]) / 12 and 0 <= summary["step_accuracy"] <= 1
+
+
 def test_few_shot_study(tmp_path, small_model, monkeypatch):
     """Adaptation lowers the loss on the shots' task, weights are restored bit for bit, two equal models differ by nothing."""
     kept = []
@@ -1634,7 +1661,7 @@ LORA_BAD = [(["--target-modules", "q_proj", "c_attn"], "c_attn: the model has no
 AMFT_BAD = [(["--model", "/no/such"], "no such model folder"), (["--data", "/no/such"], "no such file or folder"), (["--samples", "1"], "--samples must be at least 2"),
             (["--mu-init", "0.99"], "--mu-min <= --mu-init"), (["--epochs", "2"], "one optimizer step per rollout"), (["--replicas", "2"], "--replicas 2 does not divide"),
             (["--method", "luffy", "--advantage", "gae"], "advantages of its own"), (["--subjects", "Topology"], "subjects: Algebra"), (["--validation-size", "99999"], "more than --validation-size"),
-            (["--warmup-steps", "99"], "--warmup-steps must be between"), (["--lr", "nan"], "positive number")]
+            (["--warmup-steps", "99"], "--warmup-steps must be between"), (["--vision"], "--vision is for the games"), (["--task", "virl", "--routes", "/no"], "not a route file"), (["--lr", "nan"], "positive number")]
 EVAL_BAD = [(["--benchmark", "nope"], "--benchmark nope: unknown; there are embedded, general_points, virl, math500"), (["--samples", "4", "--temperature", "0"], "--samples above 1"), (["--benchmark", "mine", "--data", "/no/such.jsonl"], "cannot read"), (["--data", "x.jsonl"], "name it with --benchmark"),
             (["--few-shot", "5", "--tasks", "Topology"], "no such task"), (["--model", "/no/such"], "no such model folder")]
 
