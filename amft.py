@@ -692,7 +692,6 @@ def build(args: Args, config, world: World) -> Policy:
             fully_shard(block, **sharding)
         fully_shard(policy, **sharding)
     models.materialize(policy, source, torch.device("cpu") if args.cpu_offload else world.device)
-    policy.lm.generation_config = None
     models.check_head(policy, world)
     return policy.train()
 
