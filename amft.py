@@ -85,7 +85,7 @@ class Args:
     """amft; sft; rl (GRPO or PPO, see --advantage); sft_then_rl; fixed (constant mu = --mu-init); chord (2508.11408); luffy
     (2504.14945); srft (2506.19767); hpt (2509.04419)."""
     steps: int | None = None
-    """Optimizer steps (times --epochs and --minibatches), the warm-up included. By task: 80, 70, 40."""
+    """Optimizer steps (times --epochs and --minibatches), the warm-up included. By task: 80, 70, 30."""
     warmup_steps: int | None = None
     """W, SFT steps at the beginning, counted in --steps. Default: 5 for amft, 0 for the other methods."""
     warmup_batch: int | None = None
@@ -358,7 +358,7 @@ def with_defaults(args: Args) -> Args:
     model = "tiny_vision" if args.vision else "tiny_games"
     by_task = {"math": {"model": "tiny_bare", "steps": 80, "warmup_steps": first, "prompts_per_step": 16, "samples": 8, "eval_problems": 140},
                "general_points": {"model": model, "steps": 70, "warmup_steps": first, "prompts_per_step": 8, "samples": 8, "eval_problems": episodes},
-               "virl": {"model": model, "steps": 40, "warmup_steps": first, "prompts_per_step": 4, "samples": 4, "eval_problems": episodes}}[args.task]
+               "virl": {"model": model, "steps": 30, "warmup_steps": first, "prompts_per_step": 4, "samples": 4, "eval_problems": episodes}}[args.task]
     args = replace(args, **{k: v for k, v in by_task.items() if getattr(args, k) is None})
     rest = {"warmup_batch": args.prompts_per_step, "warmup_lr": args.lr, "validation_prompts": args.prompts_per_step}
     return replace(args, **{k: v for k, v in rest.items() if getattr(args, k) is None})
