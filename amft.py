@@ -87,13 +87,13 @@ class Args:
     steps: int | None = None
     """Optimizer steps (times --epochs and --minibatches), the warm-up included. By task: 80, 70, 30."""
     warmup_steps: int | None = None
-    """W, SFT steps at the beginning, counted in --steps. Default: 5 for amft, 0 for the other methods."""
+    """W, SFT steps at the beginning, counted in --steps. Default: 5 for amft, 0 for the other methods; 20 with --vision."""
     warmup_batch: int | None = None
-    """Demonstrated prompts per warm-up step. Default: --prompts-per-step."""
+    """Demonstrated prompts per warm-up step. Default: --prompts-per-step; 32 with --vision."""
     warmup_lr: float | None = None
-    """Learning rate of the warm-up. Default: --lr."""
-    lr: float = 3e-5
-    """alpha, AdamW (paper's code: 1e-6 for 7B models)."""
+    """Learning rate of the warm-up. Default: --lr; 1e-3 with --vision."""
+    lr: float | None = None
+    """alpha, AdamW (paper's code: 1e-6 for 7B models). Default: 3e-5; with --vision 1e-4, since tiny_vision is still learning to read."""
     lr_warmup: int = 5
     """Steps of linearly rising learning rate; constant after it."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -359,6 +359,7 @@ def with_defaults(args: Args) -> Args:
     by_task = {"math": {"model": "tiny_bare", "steps": 80, "warmup_steps": first, "prompts_per_step": 16, "samples": 8, "eval_problems": 140},
                "general_points": {"model": model, "steps": 70, "warmup_steps": first, "prompts_per_step": 8, "samples": 8, "eval_problems": episodes},
                "virl": {"model": model, "steps": 30, "warmup_steps": first, "prompts_per_step": 4, "samples": 4, "eval_problems": episodes}}[args.task]
+    by_task |= {"lr": 1e-4, "warmup_lr": 1e-3, "warmup_steps": 20, "warmup_batch": 32} if args.vision else {"lr": 3e-5}
     args = replace(args, **{k: v for k, v in by_task.items() if getattr(args, k) is None})
     rest = {"warmup_batch": args.prompts_per_step, "warmup_lr": args.lr, "validation_prompts": args.prompts_per_step}
     return replace(args, **{k: v for k, v in rest.items() if getattr(args, k) is None})

@@ -392,6 +392,22 @@ def test_amft_two_ranks_equal_one(tmp_path):
     assert all(torch.allclose(a[n], b[n], atol=3e-5) for n in a)
 
 
+GAME_RUN = ["--steps", "2", "--warmup-steps", "1", "--prompts-per-step", "2", "--samples", "2", "--warmup-batch", "2", "--eval-problems", "2", "--show", "1", "--micro-batch", "4", "--save-every", "2"]
+
+
+@pytest.mark.parametrize("extra,ranks", [(["--task", "virl", "--max-new-tokens", "64"], 2), (["--task", "general_points", "--vision", "--max-new-tokens", "48"], 0)], ids=["virl on two ranks", "vision"])
+def test_games_run(extra, ranks, tmp_path):
+    """Ranks with different numbers of turns keep step; pictures go through rollout, loss and checkpoint."""
+    done = run("amft.py", *GAME_RUN, *extra, "--output-dir", tmp_path / "r", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = rows(tmp_path / "r")[-1]
+    assert len(rows(tmp_path / "r")) == 2 and math.isfinite(last["loss/rl"]) and last["grad_norm"] > 0 and (tmp_path / "r" / "dynamics.png").exists()
+    if "--vision" in extra:
+        assert "recognition" in done.stdout
+        config, _ = models.load_config(str(tmp_path / "r" / "checkpoint"))
+        assert models.load_processor(str(tmp_path / "r" / "checkpoint")).image_processor is not None and models.auto_class(config).from_pretrained(tmp_path / "r" / "checkpoint").num_parameters() > 1e6
+
+
 def test_interrupt_saves(tmp_path, small_model):
     """SIGINT: a checkpoint at the last finished step, exit status 0, the message says how to go on."""
     process = subprocess.Popen([sys.executable, "fomaml.py", "--model", str(small_model), *RUN, "--steps", "100000", "--eval-every", "-1", "--save-every", "100000",
