@@ -586,6 +586,12 @@ def bench_scaling(args) -> list[str]:
             axis.legend()
         fig.savefig(args.figure)
         plt.close(fig)
+    for label, ranks, extra in (("one rank", 1, []), ("two ranks that share the shards", 2, []), ("two replicas", 2, ["--replicas", "2"])):
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "fomaml.py", "--model", args.model, "--steps", "8", "--eval-every", "-1",
+                            "--gain-every", "0", "--save-every", "8", "--output-dir", f"{folder}/run", *extra], cwd=HERE, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            rows = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
+            lines.append(f"| fomaml.py, default meta-step, {label}, one thread each | {statistics.median(r['seconds'] for r in rows[2:]):.2f} s | | | | {rows[-1]['peak_memory_gb']:.2f} GB a rank, libraries included |")
     lines += on_paper()
     return lines
 
@@ -593,23 +599,22 @@ def bench_scaling(args) -> list[str]:
 def on_paper() -> list[str]:
     """FOMAML and AMFT on H100s, from bytes and FLOPs. Assumptions: fp32 master weights, copy, accumulator and Adam's two, 20 bytes a
     parameter over the shards (16 for AMFT); bf16 compute at 40% of 989 TFLOP/s; 6 FLOPs a parameter and token, 8 with recomputed activations; one layer's weights
-    and gradient unsharded at a time; activations of one micro-batch of 2 x 2,048 tokens, recomputed; reference setting T = 4, K = 5, 4 x 2,048 tokens.
+    and gradient unsharded at a time; activations of one row of 2,048 tokens a rank, recomputed; reference setting T = 4, K = 5, 4 x 2,048 tokens.
     All-gather and reduce-scatter move 2 + 2 + 4 bytes a parameter and pass at 300 GB/s (NVLink, one node of 8) or 40 GB/s (64 GPUs), not overlapped."""
     lines = ["", "Large models on paper, FOMAML, reference setting (T = 4, K = 5, 4 x 2,048 tokens a batch), H100, recomputed activations:", "",
              "| model | GPUs (replicas x shards) | memory a GPU | compute a step | communication a step, not overlapped |", "|---|---|---|---|---|"]
     for m in (Size("4B (36 layers, 2560)", 4.0e9, 36, 2560, 151_936), Size("7B (28 layers, 3584)", 7.6e9, 28, 3584, 152_064)):
         for gpus, replicas in ((4, 1), (8, 2), (64, 4)):
             shards = gpus // replicas
-            rows = max(1, -(-4 // shards))
+            rows = 1
             held = 20 * m.parameters / shards + 2 * 6 * m.parameters / m.layers
             tokens = rows * 2048
             activations = tokens * m.hidden * m.layers * 4 + tokens * m.vocabulary * 8
-            passes = 4 / min(replicas, 4) * 6
-            batch_shards = min(shards, 4)  # a batch of 4 rows feeds 4 ranks at most
-            compute = passes * 8 * m.parameters * 4 * 2048 / (batch_shards * 0.4 * 989e12)
+            passes = 4 / replicas * 6
+            compute = passes * 8 * m.parameters * rows * 2048 / (0.4 * 989e12)  # each rank has a row of every batch
             bandwidth = 300e9 if gpus <= 8 else 40e9
             communication = passes * 8 * m.parameters * (shards - 1) / shards / bandwidth
-            note = "" if shards <= 4 else " (batches of 4 rows cannot feed more than 4 ranks of a replica: raise the batch)"
+            note = "" if shards <= 4 else ", batches of 16 rows: four times the tokens"
             lines.append(f"| {m.name} | {gpus} ({replicas} x {shards}){note} | {(held + activations) / 1e9:.0f} GB | {compute:.1f} s | {communication:.1f} s |")
     return lines
 
