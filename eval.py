@@ -233,8 +233,8 @@ def rollout_metrics(groups: list[list[models.Episode]], world: models.World) -> 
 
 
 def sample_rows(model, tokenizer, game, count: int, samples: int, step: int, seed: int, max_new_tokens: int, batch_size: int, processor=None) -> list[dict]:
-    """`samples` responses to each of `count` prompts, as rows for people to read."""
-    groups = models.play(model, tokenizer, game, range(count), samples, f"{seed}/show/{step}", max_new_tokens, batch_size, processor=processor)
+    """`samples` responses to each of `count` prompts, others at each step, as rows for people to read."""
+    groups = models.play(model, tokenizer, game, range(step, step + count), samples, f"{seed}/show/{step}", max_new_tokens, batch_size, processor=processor)
     return [{"step": step, "prompt": tokenizer.decode(t.prompt), "response": t.text, "reward": t.reward, "length": len(t.ids), "truncated": not t.finished,
              "episode": i, "sample": j, "turn": k} for i, g in enumerate(groups) for j, e in enumerate(g) for k, t in enumerate(e.turns)]
 
