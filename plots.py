@@ -241,7 +241,9 @@ def figure(folders: Sequence[Path], out: Path, labels: Sequence[str] = ()) -> No
         for axis, (title, ylabel, xlabel, draw) in zip(axes.flat, panels, strict=False):
             axis.set(title=title, ylabel=ylabel, xlabel=xlabel)
             draw(axis)
-            if axis.get_legend_handles_labels()[0] and axis.get_legend() is None:
+            shown = axis.get_legend_handles_labels()[1]
+            crowded = len(groups) > 3 and axis is not axes.flat[0] and set(shown) <= set(groups)  # one legend of many runs is enough
+            if shown and not crowded and axis.get_legend() is None:
                 axis.legend()
         fig.savefig(out)
         plt.close(fig)
