@@ -767,7 +767,7 @@ def main(args: Args, world: World) -> int:
         warming, mu = step < args.warmup_steps, mu_of_step(args, step, controller)
         lr = min(1.0, (step + 1) / args.lr_warmup) * (args.warmup_lr / args.lr if warming else 1.0)
         explore = not warming and (mu < 1 or args.method in ("luffy", "srft", "hpt"))
-        imitate = warming or (mu > 0 and args.method not in ("luffy", "srft"))
+        imitate = warming or args.method == "hpt" or (mu > 0 and args.method not in ("luffy", "srft"))
         if args.method == "amft" and step == args.warmup_steps and state["entropy_target"] is None:  # H*: of the warm policy, on its own rollouts
             groups = rollout(validation, share(args.validation_prompts), "target")
             state["entropy_target"] = learner.entropy([Row(t, [0.0] * len(t.ids), 1.0) for g in groups for e in g for t in e.turns])

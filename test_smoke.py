@@ -392,6 +392,21 @@ def test_amft_two_ranks_equal_one(tmp_path):
     assert all(torch.allclose(a[n], b[n], atol=3e-5) for n in a)
 
 
+@pytest.mark.parametrize("method,parts", [("amft", "both"), ("sft", "sft"), ("rl", "rl"), ("sft_then_rl", "first sft"), ("fixed", "both"), ("chord", "both"), ("luffy", "rl"), ("srft", "rl"), ("hpt", "both")])
+def test_every_method_runs(method, parts, tmp_path, process_group):
+    """Two steps of each method through the whole script: the parts of the loss that belong to it are there, and no other."""
+    args = amft.Args(method=method, steps=2, warmup_steps=0, prompts_per_step=8, samples=4, max_new_tokens=32, validation_size=8, eval_every=-1, show=0, output_dir=str(tmp_path / "r"), sft_share=0.5)
+    world = amft.World(torch.device("cpu"), mesh=dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard")))
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert amft.main(amft.with_defaults(args), world) == 0
+    signal.signal(signal.SIGINT, handlers[0]), signal.signal(signal.SIGTERM, handlers[1])
+    first, second = rows(tmp_path / "r")
+    assert all(math.isfinite(r["grad_norm"]) and r["grad_norm"] > 0 for r in (first, second))
+    has = lambda r: {k for k in ("rl", "sft") if r[f"loss/{k}"] != 0}  # noqa: E731
+    expected = {"both": ({"rl", "sft"},) * 2, "sft": ({"sft"},) * 2, "rl": ({"rl"},) * 2, "first sft": ({"sft"}, {"rl"})}[parts]
+    assert (has(first), has(second)) == expected
+
+
 GAME_RUN = ["--steps", "2", "--warmup-steps", "1", "--prompts-per-step", "2", "--samples", "2", "--warmup-batch", "2", "--eval-problems", "2", "--show", "1", "--micro-batch", "4", "--save-every", "2"]
 
 
