@@ -563,7 +563,7 @@ def bench_scaling(args) -> list[str]:
 
     import plots
 
-    series = {"T (K = 5)": [(t, t, 5, 96) for t in (1, 2, 4, 8)], "K (T = 2)": [(k, 2, k, 96) for k in (1, 2, 4, 8, 16)], "tokens a row (T = 2, K = 2)": [(n, 2, 2, n) for n in (32, 64, 128, 256)]}
+    series = {"T (K = 5)": [(t, t, 5, 96) for t in (1, 2, 4, 8)], "K + 1 (T = 2)": [(k + 1, 2, k, 96) for k in (1, 3, 7, 15)], "tokens a row (T = 2, K = 2)": [(n, 2, 2, n) for n in (32, 64, 128, 256)]}
     found, lines = {}, []
     for name, points in series.items():
         found[name] = []
