@@ -63,6 +63,8 @@ class Args:
     """math: training problems set apart for U, the validation reward that mu's gradient is taken of."""
     rule: Literal["10", "11_12_13"] = "10"
     """general_points: what J, Q and K count in training; the other rule is the out-of-distribution test."""
+    suits: Literal["black", "red"] = "black"
+    """general_points with --vision: the cards in training; the others are the visual out-of-distribution test."""
     actions: Literal["absolute", "relative"] = "absolute"
     """virl: what turn_direction takes in training; the other is the out-of-distribution test."""
     routes: str | None = None
@@ -643,7 +645,7 @@ def load_model(args: Args) -> tuple:
 def load_task(args: Args, tokenizer) -> tuple:
     """(training game, validation game, {test: (game, episodes)}, a line on what there is)."""
     if args.task != "math":
-        train, validation, tests = games_of(args.task, rule=args.rule, actions=args.actions, vision=args.vision, compact=not args.full_prompts,
+        train, validation, tests = games_of(args.task, rule=args.rule, suits=args.suits, actions=args.actions, vision=args.vision, compact=not args.full_prompts,
                                             routes=args.routes, test_routes=args.test_routes)
         return train, validation, {name: (game, args.eval_problems) for name, game in tests.items()}, f"{args.task}: episodes without end"
     train, validation, tests, report = load_problems(args.data, tokenizer, validation=args.validation_size, test=args.eval_problems, max_length=args.max_length,

@@ -581,14 +581,14 @@ def _plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", " ", text[:1000].lower()).strip()
 
 
-def games_of(name: str, *, rule: str = "10", actions: str = "absolute", vision: bool = False, compact: bool = False, routes: str | None = None,
+def games_of(name: str, *, rule: str = "10", suits: str = "black", actions: str = "absolute", vision: bool = False, compact: bool = False, routes: str | None = None,
              test_routes: str | None = None) -> tuple:
     """(training game, validation game, test games by name) of general_points or virl. Tests: other deals or routes of the same kind, the
-    other rule, and with vision red cards or other signs. compact: short prompts, routes and episodes, for models that run on a laptop."""
+    other rule, and with vision the other suits or other signs. compact: short prompts, routes and episodes, for models that run on a laptop."""
     if name == "general_points":
-        make = functools.partial(GeneralPoints, rule, vision=vision, compact=compact, attempts=2 if compact else 5)
+        make = functools.partial(GeneralPoints, rule, suits, vision=vision, compact=compact, attempts=2 if compact else 5)
         tests = {"in distribution": make(split="test"), "rule": replace(make(split="test"), rule="11_12_13" if rule == "10" else "10")}
-        tests |= {"visual": make(suits="red", split="test")} if vision else {}
+        tests |= {"visual": replace(make(split="test"), suits="red" if suits == "black" else "black")} if vision else {}
     else:
         size = {"compact": True, "turns": (2, 3), "forward_points": 1} if compact else {}
         files = {"train": tuple(load_routes(routes)) if routes else (), "test": tuple(load_routes(test_routes or routes)) if test_routes or routes else ()}
