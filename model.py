@@ -1012,7 +1012,7 @@ def make_games(args: Args) -> None:
         rows = []
         for t in turns:
             ids = t.ids
-            if rng.random() < bare:
+            if bare and rng.random() < bare:
                 last = list(json.loads(t.text).items())[-1]
                 ids = tokenizer(json.dumps(dict([last])), add_special_tokens=False)["input_ids"] + t.ids[-1:]
             rows.append(Encoded(t.prompt + ids, len(t.prompt)))
@@ -1028,6 +1028,8 @@ def make_games(args: Args) -> None:
     losses = fit(model, batch, args.game_steps, 3e-3, warmup=20)
     model.to(torch.bfloat16).float()
     test("full answers")
+    rng.seed(args.seed)
+    walks.clear()
     count = iter(range(args.game_steps, args.game_steps + 60))
     habit(model, lambda: batch(next(count), bare=0.6))
     model.to(torch.bfloat16).float()
