@@ -957,6 +957,7 @@ def make_vision(args: Args) -> None:
     out = TINY.with_name("tiny_vision") if args.output_dir == str(TINY) else Path(args.output_dir)
     torch.manual_seed(args.seed)
     text_config, tokenizer = load_config("tiny_games")
+    text_config._name_or_path = ""  # else this machine's folder is written into the config
     tokenizer.chat_template = VISION_TEMPLATE
     processor = LlavaProcessor(image_processor=SiglipImageProcessorPil(size={"height": 128, "width": 128}), tokenizer=tokenizer, patch_size=16,
                                vision_feature_select_strategy="full", image_token="<|image|>", chat_template=VISION_TEMPLATE)
