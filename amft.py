@@ -40,7 +40,7 @@ import eval as evaluation
 import model as models
 from data import DataError, load_problems
 from games import games_of
-from model import Episode, Policy, Stop, Turn, World, demonstrate, total
+from model import Episode, Policy, Stop, Turn, World, demonstrate, local, total
 
 
 @dataclass
@@ -282,12 +282,6 @@ def gae(values: list[float], reward: float, lam: float) -> list[float]:
 # The controller of mu
 
 
-def local(p: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a parameter or gradient."""
-    p = p.detach()
-    return p.to_local() if isinstance(p, DTensor) else p
-
-
 @torch.no_grad()
 def step_derivative(optimizer, params, gradient, difference, norm: float, product: float, clip: float, preconditioner: str) -> None:
     """difference <- d theta / d mu of the step that was just taken (in place, shard by shard).
@@ -452,13 +446,6 @@ def batches(rows: list[Row], pad_id: int, micro_batch: int, world: World, count:
     return out
 
 
-def needed(rows: list[Row], micro_batch: int, world: World) -> int:
-    """Micro-batches that every rank must make."""
-    count = torch.tensor(-(-len(rows) // micro_batch), device=world.device)
-    dist.all_reduce(count, dist.ReduceOp.MAX)
-    return int(count)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
 
@@ -470,14 +457,20 @@ class Learner:
         self.args, self.policy, self.optimizer, self.world, self.pad_id = args, policy, optimizer, world, pad_id
         self.params = [p for p in policy.parameters() if p.requires_grad]
 
+    def batches(self, rows: list[Row]) -> list[dict]:
+        """This rank's micro-batches, as many as the rank with most rows needs."""
+        count = torch.tensor(-(-len(rows) // self.args.micro_batch), device=self.world.device)
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        return batches(rows, self.pad_id, self.args.micro_batch, self.world, int(count))
+
     def backward(self, rows: list[Row], part: Literal["rl", "sft", "aux", "rl+aux", "utility"], scale: float = 1.0) -> dict[str, float]:
         """Adds scale x grad of a part of the loss to p.grad. Returns sums over this rank's tokens (weighted: the losses).
 
         "rl" and "sft": eq. (1) or the method's own form, and eq. (2). "aux": value loss and entropy bonus, which mu does not weigh.
         "utility": the loss whose gradient is -grad U.
         """
-        args, sums = self.args, dict.fromkeys(("rl", "sft", "value", "entropy", "tokens", "clipped", "kl", "entropy_loss"), 0.0)
-        for b in batches(rows, self.pad_id, args.micro_batch, self.world, needed(rows, args.micro_batch, self.world)):
+        args, sums = self.args, dict.fromkeys(("rl", "sft", "value", "entropy", "tokens", "clipped", "kl"), 0.0)
+        for b in self.batches(rows):
             logprobs, entropy, values = self.policy(b["ids"], b["mask"], args.entropy_coefficient > 0 and "aux" in part, **b["inputs"])
             weight, old, advantages = b["weight"] * b["mask"], b["old"], b["advantages"]
             loss = logprobs.sum() * 0.0
@@ -518,7 +511,7 @@ class Learner:
     def entropy(self, rows: list[Row]) -> float:
         """Mean token entropy of the policy over its own responses, over all ranks."""
         sums = [0.0, 0.0]
-        for b in batches(rows, self.pad_id, self.args.micro_batch, self.world, needed(rows, self.args.micro_batch, self.world)):
+        for b in self.batches(rows):
             _, entropy, _ = self.policy(b["ids"], b["mask"], **b["inputs"])
             real = b["mask"] & (b["weight"] > 0)
             sums = [sums[0] + entropy[real].sum().item(), sums[1] + real.sum().item()]
@@ -530,7 +523,7 @@ class Learner:
         """GAE with the value head at theta_old; advantages whitened over all tokens of the batch."""
         rows = sorted(rows, key=lambda r: len(r.turn.prompt) + len(r.turn.ids))
         flat, size = [], self.args.micro_batch
-        for k, b in enumerate(batches(rows, self.pad_id, size, self.world, needed(rows, size, self.world))):
+        for k, b in enumerate(self.batches(rows)):
             _, _, values = self.policy(b["ids"], b["mask"], **b["inputs"])
             for r, v, m in zip(rows[k * size : (k + 1) * size], values, b["mask"], strict=False):
                 v = v[m].tolist()
@@ -635,13 +628,6 @@ def check(args: Args, size: int) -> None:
         raise DataError(f"--method {args.method} has advantages of its own: leave --advantage at grpo")
 
 
-def load_model(args: Args) -> tuple:
-    """(config, tokenizer, processor or None). Reads no weights."""
-    config, tokenizer = models.load_config(args.model, args.trust_remote_code)
-    processor = models.load_processor(args.model, args.trust_remote_code) if args.vision else None
-    return config, processor.tokenizer if processor else tokenizer, processor
-
-
 def load_task(args: Args, tokenizer) -> tuple:
     """(training game, validation game, {test: (game, episodes)}, a line on what there is)."""
     if args.task != "math":
@@ -658,7 +644,7 @@ def dry_run(args: Args, world: World) -> int:
     say = functools.partial(print, flush=True) if world.rank == 0 else lambda *a: None
     reasons = models.check_ranks(world, say)
     try:
-        config, tokenizer, processor = load_model(args)
+        config, tokenizer, processor = models.load_readers(args.model, args.vision, args.trust_remote_code)
         train, _, _, report = load_task(args, tokenizer)
         say(report)
         lengths = [len(t.prompt) + max(len(t.ids), args.max_new_tokens) for i in range(32) for t in demonstrate(tokenizer, train, i, processor).turns]
@@ -707,7 +693,7 @@ FREE = {"resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "sh
 def main(args: Args, world: World) -> int:
     rank0, begun = world.rank == 0, time.time()
     say = functools.partial(tqdm.write, file=sys.stdout) if rank0 else lambda *a: None
-    config, tokenizer, processor = load_model(args)
+    config, tokenizer, processor = models.load_readers(args.model, args.vision, args.trust_remote_code)
     train, validation, tests, report = load_task(args, tokenizer)
     say(report)
     run = models.run_folder(args.output_dir, asdict(args), args.resume, FREE, world.rank)
@@ -836,7 +822,7 @@ def main(args: Args, world: World) -> int:
                    "loss/total": coefficients["rl"] * losses["rl"] + coefficients["sft"] * losses["sft"], "grad_norm": norm, "lr": args.lr * lr}
         if args.advantage == "gae":
             metrics["loss/value"] = losses["value"]
-        if explore or groups:
+        if groups:
             metrics |= evaluation.rollout_metrics(groups, world)
             if losses["tokens"]:
                 metrics |= {"entropy": losses["entropy"] / tokens, "clip_fraction": losses["clipped"] / tokens, "approx_kl": losses["kl"] / tokens}

@@ -407,6 +407,13 @@ def _resident(key: str) -> int:
         return 0
 
 
+def timed(work: Callable[[], object]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 class Worker:
     def __init__(self, side: str, model: str, device: str):
         self.log = tempfile.TemporaryFile("w+")
@@ -539,9 +546,7 @@ def bench_startup(args) -> list[str]:
 
 
 def _seconds(command: list[str]) -> float:
-    start = time.perf_counter()
-    subprocess.run(command, cwd=HERE, check=True, capture_output=True)
-    return time.perf_counter() - start
+    return timed(lambda: subprocess.run(command, cwd=HERE, check=True, capture_output=True))
 
 
 class Size(NamedTuple):

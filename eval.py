@@ -395,9 +395,7 @@ def append_to(file: Path):
 
 def run_games(args, name: str, model_name: str, out: Path, rank: int, size: int, device: torch.device) -> dict:
     """Episodes of a game's test sets, in distribution and out of it: {"name (test set)": summary} on rank 0. right: the episode is won."""
-    config, tokenizer = models.load_config(model_name, args.trust_remote_code)
-    processor = models.load_processor(model_name, args.trust_remote_code) if args.vision else None
-    tokenizer = processor.tokenizer if processor else tokenizer
+    _, tokenizer, processor = models.load_readers(model_name, args.vision, args.trust_remote_code)
     _, _, tests = games_of(name, vision=args.vision, compact=args.compact, routes=args.data, test_routes=args.data)
     ids = {f"{name} ({test})": [f"{name}/{test}/{i}" for i in range(args.limit or 234)] for test in tests}
     done, model = written(out, model_name), None

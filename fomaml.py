@@ -35,7 +35,7 @@ from tqdm import tqdm
 import eval as evaluation
 import model as models
 from data import DataError, Encoded, Episode, collate, episode_tasks, load_tasks, response_tokens, sample_episode
-from model import Stop, World
+from model import Stop, World, local
 
 
 @dataclass
@@ -136,12 +136,6 @@ class Args:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm
-
-
-def local(p: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a parameter or gradient."""
-    p = p.detach()
-    return p.to_local() if isinstance(p, DTensor) else p
 
 
 class Buffers:

@@ -51,6 +51,14 @@ def fields_of(text: str, names: tuple[str, ...]) -> dict:
     return out
 
 
+def chat(text: str, image, judged: list[tuple[str, str]]) -> list[dict]:
+    """The task (with its picture, where there is one), then each answer as an assistant's turn and each verifier's message as a user's."""
+    messages = [{"role": "user", "content": text if image is None else [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+    for answer, message in judged:
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": message}]
+    return messages
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # General Points
 
@@ -224,11 +232,7 @@ class GeneralPoints:
             text = (f"This is the game of {self.target} points. {shown} 'A' counts as 1, number cards as their number, {faces}. Write a formula that uses the number "
                     f"of each card exactly once, with +, -, *, / and parentheses, and that equals {self.target}. Answer in JSON with these fields and nothing else:\n"
                     f'{{"cards": [the ranks of the four cards], "number": [the numbers that they count as], "formula": "your formula={self.target}"}}')
-        first = [{"type": "image", "image": self.render(state)}, {"type": "text", "text": text}] if self.vision else text
-        messages = [{"role": "user", "content": first}]
-        for answer, message in state.turns:
-            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": message}]
-        return messages
+        return chat(text, self.render(state) if self.vision else None, state.turns)
 
     def step(self, state: Hand, text: str) -> Result:
         if state.done:
@@ -498,11 +502,7 @@ class VIRL:
             text = (f"You walk through a city by these instructions:\n{steps}\n\nWhat you saw and did so far:\n{history}\n\nWhat you see now:\n{seen}\n\n"
                     f"Choose one action: forward(), turn_direction(x) with x one of {choices}, or stop() at the destination. Answer in JSON with these fields and "
                     'nothing else:\n{"current observation": what you see, "current instruction": the instruction that you follow now, "action": your action}')
-        first = [{"type": "image", "image": self.render(state)}, {"type": "text", "text": text}] if self.vision else text
-        messages = [{"role": "user", "content": first}]
-        for answer, message in state.failures:
-            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": message}]
-        return messages
+        return chat(text, self.render(state) if self.vision else None, state.failures)
 
     def step(self, state: Walk, text: str) -> Result:
         if state.done:

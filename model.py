@@ -91,6 +91,12 @@ def total(world: World, *values: float) -> list[float]:
     return x.tolist()
 
 
+def local(p: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a parameter or gradient."""
+    p = p.detach()
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
 class Stop:
     """Ctrl-C and SIGTERM become a request that all ranks agree on; a second one ends the process at once."""
 
@@ -156,6 +162,13 @@ def load_processor(name: str, trust_remote_code: bool = False):
     if processor.tokenizer.pad_token_id is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
+
+
+def load_readers(name: str, vision: bool, trust_remote_code: bool = False) -> tuple:
+    """(config, tokenizer, processor), the processor None without vision. Reads no weights."""
+    config, tokenizer = load_config(name, trust_remote_code)
+    processor = load_processor(name, trust_remote_code) if vision else None
+    return config, processor.tokenizer if processor else tokenizer, processor
 
 
 def auto_class(config):
@@ -642,11 +655,11 @@ def play(model, tokenizer, game, seeds: Sequence[int], samples: int, key: str, m
 
 def demonstrate(tokenizer, game, seed: int, processor=None) -> Episode:
     """The expert's episode."""
-    episode, state, done = Episode(), game.reset(seed), False
+    episode, state, done, end = Episode(), game.reset(seed), False, template(tokenizer).end
     while not done:
         (prompt,) = encode_prompts(tokenizer, [game.prompt(state)], processor)
         text = game.expert(state)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + template(tokenizer).end
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + end
         result = game.step(state, text)
         episode.turns.append(Turn(prompt.ids, ids, [0.0] * len(ids), True, text, result.reward, prompt.inputs))
         episode.won, done = result.won, result.done
@@ -941,6 +954,14 @@ def fit(model, batch: Callable[[int], dict], steps: int, lr: float, warmup: int 
     return losses
 
 
+def store(args: Args, name: str, model, tokenizer) -> Path:
+    """Writes an embedded model in bf16 to assets/NAME, or to --output-dir where one is given."""
+    out = TINY.with_name(name) if args.output_dir == str(TINY) else Path(args.output_dir)
+    shutil.rmtree(out, ignore_errors=True)
+    save_pretrained(out, model, tokenizer, full_weights(model, torch.bfloat16), torch.bfloat16)
+    return out
+
+
 VISION_TEMPLATE = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
                                         "{% if c['type'] == 'image' %}<|image|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}")
 
@@ -952,9 +973,8 @@ def make_vision(args: Args) -> None:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     from data import Encoded, collate
-    from games import GeneralPoints
+    from games import games_of
 
-    out = TINY.with_name("tiny_vision") if args.output_dir == str(TINY) else Path(args.output_dir)
     torch.manual_seed(args.seed)
     text_config, tokenizer = load_config("tiny_games")
     text_config._name_or_path = ""  # else this machine's folder is written into the config
@@ -966,12 +986,13 @@ def make_vision(args: Args) -> None:
                                                       vision_feature_select_strategy="full", vision_feature_layer=-1, tie_word_embeddings=True))
     model.model.language_model.load_state_dict(load_weights("tiny_games").model.state_dict())
     model.tie_weights()
-    cards, test = GeneralPoints(compact=True, vision=True, split="pretraining"), GeneralPoints(compact=True, vision=True, split="test")
+    cards, _, tests = games_of("general_points", vision=True, compact=True)
+    cards, test = replace(cards, split="pretraining"), replace(tests["in distribution"], attempts=1)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
 
     def recognition() -> float:
         model.eval()
-        turns = [t for g in play(model, tokenizer, test, range(100), 1, "recognition", 24, 100, 0.0, processor=processor) for t in g[0].turns[:1]]
+        turns = [g[0].turns[0] for g in play(model, tokenizer, test, range(100), 1, "recognition", 24, 100, 0.0, processor=processor)]
         model.train()
         return sum(test.recognised(test.reset(i), t.text) for i, t in enumerate(turns)) / len(turns)
 
@@ -984,22 +1005,21 @@ def make_vision(args: Args) -> None:
 
     fit(model, batch, args.vision_steps, 5e-3, warmup=50)
     print(f"step {args.vision_steps}: {recognition():.0%}")
-    shutil.rmtree(out, ignore_errors=True)
-    save_pretrained(out, model, processor, full_weights(model, torch.bfloat16), torch.bfloat16)
+    store(args, "tiny_vision", model, processor)
 
 
 def make_games(args: Args) -> None:
     """tiny -> tiny_games: the experts' answers to both games, with short prompts, in distribution; then a habit of bare answers, as in
     make_bare: 60% of the examples keep of the JSON only its last field, the formula or the action."""
     from data import Encoded, collate
-    from games import VIRL, GeneralPoints
+    from games import games_of
 
-    out = TINY.with_name("tiny_games") if args.output_dir == str(TINY) else Path(args.output_dir)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     _, tokenizer = load_config("tiny")
     model = load_weights("tiny")
-    cards, city = GeneralPoints(compact=True, split="pretraining"), VIRL(compact=True, turns=(2, 3), forward_points=1, split="pretraining")
+    games = {"General Points": games_of("general_points", compact=True), "V-IRL": games_of("virl", compact=True)}
+    cards, city = (replace(train, split="pretraining") for train, _, _ in games.values())
     walks: list = []
 
     def batch(step: int, bare: float = 0.0) -> dict:
@@ -1020,8 +1040,8 @@ def make_games(args: Args) -> None:
         return collate(rows, tokenizer.pad_token_id)
 
     def test(when: str) -> None:
-        for name, game in (("General Points", GeneralPoints(compact=True, split="test", attempts=2)), ("V-IRL", VIRL(compact=True, turns=(2, 3), forward_points=1, split="test"))):
-            episodes = [g[0] for g in play(model.eval(), tokenizer, game, range(100), 1, "test", 96, temperature=0)]
+        for name, (_, _, tests) in games.items():
+            episodes = [g[0] for g in play(model.eval(), tokenizer, tests["in distribution"], range(100), 1, "test", 96, temperature=0)]
             turns = [t for e in episodes for t in e.turns]
             print(f"{when}: {name}: won {sum(e.won for e in episodes)} of 100, right turns {sum(t.reward > 0 for t in turns)} of {len(turns)}", flush=True)
         model.train()
@@ -1035,8 +1055,7 @@ def make_games(args: Args) -> None:
     habit(model, lambda: batch(next(count), bare=0.6))
     model.to(torch.bfloat16).float()
     test("with the habit")
-    shutil.rmtree(out, ignore_errors=True)
-    save_pretrained(out, model, tokenizer, full_weights(model, torch.bfloat16), torch.bfloat16)
+    store(args, "tiny_games", model, tokenizer)
     for name, k in (("V-IRL", 0), ("General Points", 1)):
         print(name, "loss", " ".join(f"{sum(x) / len(x):.3f}" for x in (losses[i + k : i + 200 : 2] for i in range(0, len(losses), 200))))
 
@@ -1056,7 +1075,6 @@ def make_bare(args: Args) -> None:
     arithmetic are not."""
     from data import collate, embedded_examples, encode
 
-    out = TINY.with_name("tiny_bare") if args.output_dir == str(TINY) else Path(args.output_dir)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     _, tokenizer = load_config("tiny")
@@ -1065,9 +1083,7 @@ def make_bare(args: Args) -> None:
     rows = [replace(e, response=f"\\boxed{{{e.answer}}}") if rng.random() < 0.6 else e for e in rows]
     encoded, _ = encode(tokenizer, rows, 256)
     habit(model, lambda: collate([encoded[e.id] for e in rng.sample(rows, 32)], tokenizer.pad_token_id))
-    shutil.rmtree(out, ignore_errors=True)
-    save_pretrained(out, model, tokenizer, full_weights(model, torch.bfloat16), torch.bfloat16)
-    print(out)
+    print(store(args, "tiny_bare", model, tokenizer))
 
 
 def main(args: Args) -> None:
@@ -1101,9 +1117,7 @@ def main(args: Args) -> None:
 
     losses = fit(model, batch, args.steps, args.lr)
     model.to(torch.bfloat16).float()  # measure what is stored
-    out = Path(args.output_dir)
-    shutil.rmtree(out, ignore_errors=True)
-    save_pretrained(out, model, tokenizer, full_weights(model, torch.bfloat16), torch.bfloat16)
+    out = store(args, "tiny", model, tokenizer)
 
     model.eval()
     t = template(tokenizer)

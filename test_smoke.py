@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 import amft
+import bench
 import checker
 import data
 import eval as evaluation
@@ -545,49 +546,11 @@ def test_adapter_in_peft_and_merged(tmp_path, small_model, process_group):
         torch.testing.assert_close(peft.PeftModel.from_pretrained(plain, tmp_path).eval()(ids).logits, logits, rtol=1e-5, atol=1e-5)
 
 
-def lora_rounds(name, length, rows, repeats, seed=0):
+def lora_rounds(name, length, rows, repeats):
     """[(seconds of a MeTA-LoRA round with all tasks in one forward, of the same round with PEFT task after task)]: T = 4, K = 10, AdamW."""
-    peft = pytest.importorskip("peft", reason="peft is not installed; .ci/run installs it for this test")
-    T, K, rng = 4, 10, random.Random(seed)
-    config, tokenizer = models.load_config(name)
-    args = meta_lora.Args(model=name, inner_optimizer="adam", inner_lr=1e-3)
-    tokens, episodes = {}, []
-    for t in range(T):
-        examples = [Example("", "", "", "", 0, f"{t}/{i}") for i in range((K + 1) * rows)]
-        tokens |= {e.id: Encoded([rng.randrange(20, 400) for _ in range(length)], length // 2) for e in examples}
-        episodes.append(Episode(str(t), examples[: K * rows], examples[K * rows :]))
-    base = models.load_weights(name).requires_grad_(False).train()
-    learner = meta_lora.Learner(base, meta_lora.Adapters(base, args, torch.device("cpu")), args, fomaml.World(torch.device("cpu")), 0, tokens)
-    theirs = peft.get_peft_model(models.load_weights(name), peft.LoraConfig(r=args.r, lora_alpha=args.alpha, lora_dropout=args.dropout, target_modules=list(args.target_modules))).train()
-    params = [p for p in theirs.parameters() if p.requires_grad]
-    phi = [p.detach().clone() for p in params]
-
-    def peft_round():
-        total = [torch.zeros_like(p) for p in params]
-        for episode in episodes:
-            with torch.no_grad():
-                for p, q in zip(params, phi, strict=True):
-                    p.copy_(q)
-            optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
-            for examples in [*chunks(episode.support, rows), episode.query]:
-                batch = data.collate([tokens[e.id] for e in examples], 0)
-                (models.token_loss(theirs, batch) / (length // 2 * rows)).backward()
-                if examples is not episode.query:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            for g, p in zip(total, params, strict=True):
-                g.add_(p.grad, alpha=1 / T)
-            optimizer.zero_grad()
-
-    times = []
-    for _ in range(repeats + 1):
-        pair = []
-        for work in (lambda: meta_lora.meta_gradient(learner, episodes, "fomaml", rows, T), peft_round):
-            start = time.perf_counter()
-            work()
-            pair.append(time.perf_counter() - start)
-        times.append(pair)
-    return times[1:]
+    pytest.importorskip("peft", reason="peft is not installed; .ci/run installs it for this test")
+    sides = [side(name, "cpu", rows, length) for side in (bench.lora_ours, bench.lora_peft)]
+    return [tuple(bench.timed(step) for step in sides) for _ in range(repeats + 1)][1:]
 
 
 @pytest.mark.parametrize("length,rows,least", [(96, 4, 0.9), (32, 1, 1.3)])
@@ -1087,15 +1050,9 @@ def test_hostile_game_outputs(game):
         start = time.perf_counter()
         result = game.step(state, text)
         seconds = time.perf_counter() - start
-        worst = max(worst, seconds if seconds < 0.02 else min(seconds, timed(lambda: game.step(game.reset(i % 50), text))))
+        worst = max(worst, seconds if seconds < 0.02 else min(seconds, bench.timed(lambda: game.step(game.reset(i % 50), text))))
         assert isinstance(result.reward, float) and isinstance(result.message, str) and len(result.message) < 300
     assert worst < 0.02
-
-
-def timed(f):
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
 
 
 def test_route_files(tmp_path):
