@@ -59,6 +59,8 @@ class Args:
     """Only problems of these subjects (columns subject or type)."""
     levels: tuple[int, ...] = ()
     """Only problems of these levels."""
+    suffix: str | None = None
+    """math: text after every problem. Default: a request to reason and to box the answer (none for embedded problems)."""
     validation_size: int = 64
     """math: training problems set apart for U, the validation reward that mu's gradient is taken of."""
     rule: Literal["10", "11_12_13"] = "10"
@@ -470,8 +472,11 @@ class Learner:
         "utility": the loss whose gradient is -grad U.
         """
         args, sums = self.args, dict.fromkeys(("rl", "sft", "value", "entropy", "tokens", "clipped", "kl"), 0.0)
-        for b in self.batches(rows):
-            logprobs, entropy, values = self.policy(b["ids"], b["mask"], args.entropy_coefficient > 0 and "aux" in part, **b["inputs"])
+        silent = [part == "rl" and (r.weight == 0 or (args.method != "srft" and not any(r.advantages))) for r in rows]
+        parts = [(b, learns) for learns in (True, False) for b in self.batches([r for r, s in zip(rows, silent, strict=True) if s != learns])]
+        for b, learns in parts:  # rows without a gradient (all samples of their prompt are equally good) are only measured
+            with torch.set_grad_enabled(learns):
+                logprobs, entropy, values = self.policy(b["ids"], b["mask"], args.entropy_coefficient > 0 and "aux" in part, **b["inputs"])
             weight, old, advantages = b["weight"] * b["mask"], b["old"], b["advantages"]
             loss = logprobs.sum() * 0.0
             if part.startswith("rl"):
@@ -497,7 +502,8 @@ class Learner:
                     loss, sums["value"] = loss + args.value_coefficient * value, sums["value"] + value.item()
             if part == "utility":
                 loss = -(logprobs * advantages * weight).sum()
-            (loss * self.world.shards).backward()  # FSDP averages over the shard group
+            if learns:
+                (loss * self.world.shards).backward()  # FSDP averages over the shard group
             with torch.no_grad():
                 own = b["mask"] & ~b["demonstration"] & (b["weight"] > 0)
                 ratio = (logprobs - old)[own]
@@ -585,7 +591,7 @@ class Learner:
             rows = []
             for group in groups[half::2]:
                 for episode, a in zip(group, group_advantages([e.returns()[0] for e in group], "leave_one_out"), strict=True):
-                    rows += [Row(t, [a] * len(t.ids)) for t in episode.turns]
+                    rows += [Row(t, [a] * len(t.ids)) for t in episode.turns if a]
             (episodes,) = total(self.world, sum(len(g) for g in groups[half::2]))
             for r in rows:
                 r.weight = 1 / episodes
@@ -635,7 +641,7 @@ def load_task(args: Args, tokenizer) -> tuple:
                                             routes=args.routes, test_routes=args.test_routes)
         return train, validation, {name: (game, args.eval_problems) for name, game in tests.items()}, f"{args.task}: episodes without end"
     train, validation, tests, report = load_problems(args.data, tokenizer, validation=args.validation_size, test=args.eval_problems, max_length=args.max_length,
-                                                     subjects=args.subjects, levels=args.levels, seed=args.seed)
+                                                     subjects=args.subjects, levels=args.levels, seed=args.seed, suffix=args.suffix)
     return train, validation, {name: (game, len(game)) for name, game in tests.items()}, report
 
 

@@ -35,6 +35,7 @@ from checker import extract_answer, grade
 
 MATH_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra", "precalculus")
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
+BOX = "\nPlease reason step by step, and put your final answer within \\boxed{}."  # the usual request to a model that knows instructions
 
 
 class DataError(ValueError):
@@ -784,12 +785,13 @@ class MathProblems:
 
 
 def load_problems(data: str, tokenizer, *, validation: int, test: int, max_length: int, subjects: Sequence[str] = (), levels: Sequence[int] = (),
-                  seed: int = 42) -> tuple[MathProblems, MathProblems, dict[str, MathProblems], str]:
+                  seed: int = 42, suffix: str | None = None) -> tuple[MathProblems, MathProblems, dict[str, MathProblems], str]:
     """(training, validation, test sets by name, a line on what there is).
 
     embedded: the families of the tiny model's pre-training; tests are unseen problems of these, and of the families that no embedded model
     has seen. hub: Elliott/Openr1-Math-46k-8192. A file or folder as for load_tasks, whose own test file, or else up to a tenth of its
-    rows, is the test. Rows without an answer, or longer than max_length tokens, are left out and counted. Raises DataError.
+    rows, is the test. Rows without an answer, or longer than max_length tokens, are left out and counted. suffix: text after every
+    problem, by default BOX except for embedded ones. Raises DataError.
     """
     if data == "embedded":
         train = [e for rows in embedded_examples(400, seed, "train", "pretraining").values() for e in rows]
@@ -806,10 +808,12 @@ def load_problems(data: str, tokenizer, *, validation: int, test: int, max_lengt
             cut = min(max(test, 1), len(ordered) // 10 or 1)
             own, train = ordered[:cut], ordered[cut:]
         tests = {"test": own}
+    if suffix is None:
+        suffix = "" if data == "embedded" else BOX
     count = len(train)
     wanted = lambda e: e.answer and (not subjects or e.subject in subjects) and (not levels or e.level in levels)  # noqa: E731
-    chosen = [e for e in train if wanted(e)]
-    tests = {name: [e for e in rows if wanted(e)] for name, rows in tests.items()}
+    choose = lambda rows: [replace(e, prompt=e.prompt + suffix) for e in rows if wanted(e)]  # noqa: E731
+    chosen, tests = choose(train), {name: choose(rows) for name, rows in tests.items()}
     tokens, dropped = encode(tokenizer, chosen, max_length)
     chosen = _order(seed, [e for e in chosen if e.id in tokens])
     if len(chosen) <= validation or not all(tests.values()):

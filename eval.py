@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import model as models
 from checker import extract_answer, grade, is_equal
-from data import DataError, Encoded, Example, Task, collate, draw_support, embedded_examples, episode_tasks, load_tasks, read_rows, response_tokens, template
+from data import BOX, DataError, Encoded, Example, Task, collate, draw_support, embedded_examples, episode_tasks, load_tasks, read_rows, response_tokens, template
 from games import games_of
 
 
@@ -296,8 +296,7 @@ HUB = {"math500": ("HuggingFaceH4/MATH-500", None, "test"), "aime24": ("HuggingF
        "minerva": ("math-ai/minervamath", None, "test"), "olympiadbench": ("math-ai/olympiadbench", None, "test"), "gsm8k": ("openai/gsm8k", "main", "test"),
        "arc_c": ("allenai/ai2_arc", "ARC-Challenge", "test"), "gpqa_d": ("Idavidrein/gpqa", "gpqa_diamond", "train"), "mmlu_pro": ("TIGER-Lab/MMLU-Pro", None, "test")}
 GROUPS = {"all_id": ("aime24", "amc23", "math500", "minerva", "olympiadbench"), "all_ood": ("arc_c", "gpqa_d", "mmlu_pro")}
-SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-LETTER_SUFFIX = "\nPlease reason step by step, and put the letter of your final answer within \\boxed{}."
+LETTER_BOX = "\nPlease reason step by step, and put the letter of your final answer within \\boxed{}."
 
 
 def _problem(row: dict, where: str) -> Problem:
@@ -446,7 +445,7 @@ def run_benchmarks(args, names: Sequence[str], model_name: str, out: Path, rank:
             texts = []
             for p, _ in chunk:
                 listed = "".join(f"\n({letter}) {text}" for letter, text in zip("ABCDEFGHIJ", p.choices, strict=False))
-                suffix = args.suffix if args.suffix is not None else "" if p.id.startswith("embedded/") else LETTER_SUFFIX if p.choices else SUFFIX
+                suffix = args.suffix if args.suffix is not None else "" if p.id.startswith("embedded/") else LETTER_BOX if p.choices else BOX
                 texts.append(chat.before + p.prompt + listed + suffix + chat.after)
             prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
             tokens = max(1, min(args.max_length, limit - max(map(len, prompts))))

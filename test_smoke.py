@@ -778,14 +778,18 @@ def test_amft_losses_by_hand():
 @pytest.mark.parametrize("method,options", [("rl", {}), ("rl", {"loss_aggregation": "sequence", "mask_truncated": True}), ("rl", {"advantage": "gae", "entropy_coefficient": 0.05}),
                                             ("luffy", {}), ("srft", {}), ("hpt", {"hpt_sft": 0.3}), ("chord", {"chord_phi": True})], ids=str)
 def test_amft_batch_equals_rows(method, options, process_group):
-    """Loss and gradient of a padded batch in micro-batches, by each method's normalisation, equal a plain loop over unpadded rows."""
+    """Loss and gradient of a padded batch in micro-batches, by each method's normalisation, equal a plain loop over unpadded rows; rows
+    with advantage 0 too, which are not sent through backward."""
     model = small_llama()
     args, learner = amft_learner(model, method=method, **options)
     own = random_rows(7, 1)
+    for r in own[2:5]:
+        r.advantages = [0.0] * len(r.turn.ids)
     shown = random_rows(3, 2, demonstration=True)
     rl, sft = (own + shown, []) if method in ("luffy", "srft") else (own, shown)
     amft.set_weights(args, learner.world, rl, sft)
-    learner.backward(rl, "rl+aux" if options.get("advantage") or options.get("entropy_coefficient") else "rl", 0.6)
+    sums = learner.backward(rl, "rl+aux" if options.get("advantage") or options.get("entropy_coefficient") else "rl", 0.6)
+    assert sums["tokens"] == sum(len(r.turn.ids) for r in own if r.weight)
     if sft:
         learner.backward(sft, "sft", 0.4)
     got = {n: p.grad.clone() for n, p in learner.policy.named_parameters()}
