@@ -559,6 +559,16 @@ class Size(NamedTuple):
     vocabulary: int
 
 
+def _random_llama(width: int, folder: str) -> int:
+    """A random Llama of four layers and 653 tokens in a folder, as wide as asked; the number of its parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=653, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, num_attention_heads=width // 32,
+                                         num_key_value_heads=width // 32, tie_word_embeddings=True))
+    model.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
 def bench_scaling(args) -> list[str]:
     """Time and memory of a meta-step over T, K, sequence length and model size, 1 against 2 ranks; and large models on paper."""
     import matplotlib
@@ -568,12 +578,15 @@ def bench_scaling(args) -> list[str]:
 
     import plots
 
-    series = {"T (K = 5)": [(t, t, 5, 96) for t in (1, 2, 4, 8)], "K + 1 (T = 2)": [(k + 1, 2, k, 96) for k in (1, 3, 7, 15)], "tokens a row (T = 2, K = 2)": [(n, 2, 2, n) for n in (32, 64, 128, 256)]}
-    found, lines = {}, []
+    series = {"T (K = 5)": [(t, args.model, t, 5, 96) for t in (1, 2, 4, 8)], "K + 1 (T = 2)": [(k + 1, args.model, 2, k, 96) for k in (1, 3, 7, 15)],
+              "tokens a row (T = 2, K = 2)": [(n, args.model, 2, 2, n) for n in (32, 64, 128, 256)], "million parameters (T = 2, K = 2)": []}
+    found, lines, folder = {}, [], tempfile.TemporaryDirectory()
+    for width in (64, 128, 256, 512):
+        series["million parameters (T = 2, K = 2)"].append((_random_llama(width, f"{folder.name}/{width}") / 1e6, f"{folder.name}/{width}", 2, 2, 96))
     for name, points in series.items():
         found[name] = []
-        for x, t, k, length in points:
-            w = Worker(f"fomaml_ours:{t}:{k}:4:{length}", args.model, args.device)
+        for x, model, t, k, length in points:
+            w = Worker(f"fomaml_ours:{t}:{k}:4:{length}", model, args.device)
             w.go()
             seconds = statistics.median(w.go() for _ in range(max(3, args.repeats // 2)))
             found[name].append((x, seconds, w.finish()))
@@ -581,13 +594,17 @@ def bench_scaling(args) -> list[str]:
         mx, my = statistics.mean(xs), statistics.mean(ys)
         slope = sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
         memory = [p[2] / 1e6 for p in found[name]]
-        lines.append(f"| meta-step time over {name}, {points[0][0]} to {points[-1][0]} | {found[name][0][1]:.2f} to {found[name][-1][1]:.2f} s | | exponent {slope:.2f} | | {memory[0]:.0f} to {memory[-1]:.0f} MB |")
+        lines.append(f"| meta-step time over {name}, {points[0][0]:.3g} to {points[-1][0]:.3g} | {found[name][0][1]:.2f} to {found[name][-1][1]:.2f} s | | exponent {slope:.2f} | | {memory[0]:.0f} to {memory[-1]:.0f} MB |")
+    folder.cleanup()
     with plt.rc_context(plots.STYLE):
-        fig, axes = plt.subplots(1, 3, figsize=(11, 3))
-        for axis, (name, points) in zip(axes, found.items(), strict=True):
-            axis.loglog([p[0] for p in points], [p[1] for p in points], "-o", color=plots.COLOURS[0], label="seconds")
+        fig, axes = plt.subplots(2, 2, figsize=(7.4, 6))
+        for axis, (name, points) in zip(axes.flat, found.items(), strict=True):
+            axis.loglog([p[0] for p in points], [p[1] for p in points], "-o", color=plots.COLOURS[0], label="seconds a meta-step")
             axis.loglog([p[0] for p in points], [p[2] / 1e9 for p in points], "--s", color=plots.COLOURS[1], label="peak memory (GB)")
-            axis.set(title="FOMAML meta-step", xlabel=name)
+            axis.loglog([points[0][0], points[-1][0]], [points[0][1], points[0][1] * points[-1][0] / points[0][0]], ":", color="#888888", linewidth=1, label="linear")
+            axis.set(xlabel=name)
+            axis.set_xticks([p[0] for p in points], [f"{p[0]:.2g}" if p[0] < 10 else f"{p[0]:.0f}" for p in points])
+            axis.minorticks_off()
             axis.legend()
         fig.savefig(args.figure)
         plt.close(fig)

@@ -512,7 +512,7 @@ def few_shot(args, model_name: str, rank: int, size: int, device: torch.device) 
     chat = template(tokenizer)
     units = [(t, n, s) for t in evaluated for n in sorted(args.few_shot) for s in range(args.seeds if n else 1)]
     results = []
-    for task, n, seed in tqdm(units[rank::size], disable=rank != 0, desc=f"few-shot {Path(model_name).name or model_name}"):
+    for task, n, seed in tqdm(units[rank::size], disable=rank != 0, desc="few-shot " + "/".join(Path(model_name).parts[-2:])):
         test = [tokens[e.id] for e in task.test[: args.limit or None]]
         curve = {}
 
