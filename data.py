@@ -793,27 +793,24 @@ def load_problems(data: str, tokenizer, *, validation: int, test: int, max_lengt
     rows, is the test. Rows without an answer, or longer than max_length tokens, are left out and counted. suffix: text after every
     problem, by default BOX except for embedded ones. Raises DataError.
     """
-    if data == "embedded":
-        train = [e for rows in embedded_examples(400, seed, "train", "pretraining").values() for e in rows]
-        tests = {name: [e for rows in embedded_examples(per_family, seed, "test", *roles).values() for e in rows]
-                 for name, per_family, roles in (("trained families", -(-test // 35), ("pretraining",)), ("unseen families", -(-test // 42), ("training", "heldout")))}
-    else:
-        if data == "hub":
-            rows, own = _to_examples(_openr1_rows(), "hub", None), []
-        else:
-            rows, own = _local_rows(Path(data), None)
-        train, own = [e for _, e in rows], [e for _, e in own]
-        if not own:
-            ordered = _order(seed, train)
-            cut = min(max(test, 1), len(ordered) // 10 or 1)
-            own, train = ordered[:cut], ordered[cut:]
-        tests = {"test": own}
     if suffix is None:
         suffix = "" if data == "embedded" else BOX
-    count = len(train)
     wanted = lambda e: e.answer and (not subjects or e.subject in subjects) and (not levels or e.level in levels)  # noqa: E731
     choose = lambda rows: [replace(e, prompt=e.prompt + suffix) for e in rows if wanted(e)]  # noqa: E731
-    chosen, tests = choose(train), {name: choose(rows) for name, rows in tests.items()}
+    if data == "embedded":
+        train = [e for rows in embedded_examples(400, seed, "train", "pretraining").values() for e in rows]
+        tests = {name: choose(e for rows in embedded_examples(per_family, seed, "test", *roles).values() for e in rows)
+                 for name, per_family, roles in (("trained families", -(-test // 35), ("pretraining",)), ("unseen families", -(-test // 42), ("training", "heldout")))}
+    else:
+        rows, own = (_to_examples(_openr1_rows(), "hub", None), []) if data == "hub" else _local_rows(Path(data), None)
+        train, tests = [e for _, e in rows], {"test": choose(e for _, e in own)}
+        if not own:
+            ordered = _order(seed, choose(train))
+            held = min(max(test, 1), len(ordered) // 10 or 1)
+            tests = {"test": ordered[:held]}
+    taken = {e.id for rows in tests.values() for e in rows}
+    train = [e for e in train if e.id not in taken]
+    chosen, count = choose(train), len(train)
     tokens, dropped = encode(tokenizer, chosen, max_length)
     chosen = _order(seed, [e for e in chosen if e.id in tokens])
     if len(chosen) <= validation or not all(tests.values()):

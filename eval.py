@@ -363,7 +363,7 @@ def summarise(rows: list[dict], samples: int) -> dict:
     low, high = wilson(int(sum(means)), len(means)) if samples == 1 else bootstrap(means)
     result = {"problems": len(means), "samples": samples, "accuracy": sum(means) / len(means), "interval": [low, high],
               "mean_tokens": sum(r["tokens"] for r in rows) / len(rows), "truncated": sum(not r["finished"] for r in rows) / len(rows),
-              "unparsable": sum(r["answer"] is None for r in rows) / len(rows)}
+              "unparsable": sum(r["answer"] is None and not r["right"] for r in rows) / len(rows)}
     for k in (k for k in (2, 4, 8, 16, 32, 64) if k <= samples):
         result[f"pass@{k}"] = sum(pass_at_k(len(rs), sum(r["right"] for r in rs), k) for rs in by_problem.values()) / len(means)
     for key in ("subject", "level"):

@@ -201,13 +201,14 @@ def benchmark_panels(folders: list[Path]) -> list:
     names = list(dict.fromkeys(n for b in results.values() for n in b))
 
     def draw(axis):
-        width = 0.8 / len(results)
-        for j, (colour, (model, b)) in enumerate(zip(COLOURS * len(results), results.items())):
-            x = [i + j * width for i, n in enumerate(names) if n in b]
-            rows = [b[n] for n in names if n in b]
+        present = [[m for m in results if n in results[m]] for n in names]
+        width = 0.8 / max(map(len, present))
+        for colour, (model, b) in zip(COLOURS * len(results), results.items()):
+            shown = [(i + width * (ms.index(model) - (len(ms) - 1) / 2), b[n]) for i, (n, ms) in enumerate(zip(names, present, strict=True)) if n in b]
+            rows = [r for _, r in shown]
             errors = [[100 * (r["accuracy"] - r["interval"][0]) for r in rows], [100 * (r["interval"][1] - r["accuracy"]) for r in rows]]
-            axis.bar(x, [100 * r["accuracy"] for r in rows], width * 0.92, color=colour, label=model, yerr=errors, error_kw={"linewidth": 1.2, "capsize": 3})
-        axis.set_xticks([i + 0.4 - width / 2 for i in range(len(names))], names)
+            axis.bar([x for x, _ in shown], [100 * r["accuracy"] for r in rows], width * 0.92, color=colour, label=model, yerr=errors, error_kw={"linewidth": 1.2, "capsize": 3})
+        axis.set_xticks(range(len(names)), [n.replace(" (", "\n(") for n in names], fontsize=10 if len(names) < 4 else 8)
         axis.grid(axis="x", visible=False)
         axis.legend()
 

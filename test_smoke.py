@@ -5,6 +5,7 @@ runs, two ranks with one. Run as a script under torchrun this file is the two-ra
 """
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -1426,6 +1427,13 @@ def test_local_formats(tmp_path):
         data.load_tasks(str(tmp_path / "a.json"), heldout=("Topology",))
     held = data.load_tasks(str(tmp_path / "a.json"), heldout=("Geometry",))
     assert [t.heldout for t in held] == [False, True]
+    # the same file as problems with a reward: real models are asked to box the answer, or what --suffix says
+    ask = functools.partial(data.load_problems, str(tmp_path / "a.json"), models.load_config("tiny")[1], validation=2, test=3, max_length=512, subjects=("Geometry",), levels=(1, 2, 3))
+    parts = [game.examples for game in (*ask()[:2], *ask()[2].values())]
+    assert all(e.prompt.endswith(data.BOX) and e.subject == "Geometry" and e.level <= 3 for part in parts for e in part) and len(parts[1]) == 2
+    assert len({e.id for part in parts for e in part}) == sum(map(len, parts)) and ask(suffix=" Be brief.")[0].reset(0).prompt.endswith(" Be brief.")
+    with pytest.raises(data.DataError, match="0 training problems.*subjects: Algebra, Geometry"):
+        ask(subjects=("Topology",))
 
 
 @needs_shared
