@@ -548,7 +548,7 @@ def _pick(row: dict, names: Iterable[str]) -> str | None:
 
 
 def _to_examples(rows: list[dict], source: str, task_column: str | None) -> list[tuple[str, Example]]:
-    """[(task, Example)] from rows in any of the accepted column layouts. Raises DataError naming what is missing."""
+    """[(task, Example)] from rows in any of the accepted column layouts; task_column "": without tasks. Raises DataError naming what is missing."""
     if not rows:
         raise DataError(f"{source} holds no rows")
     if not all(isinstance(row, dict) for row in rows):
@@ -560,6 +560,11 @@ def _to_examples(rows: list[dict], source: str, task_column: str | None) -> list
         except (ValueError, TypeError):
             raise DataError(f"{source}: column metadata is not JSON") from None
         first = rows[0]
+    if task_column == "":  # no tasks are asked for
+        task_column = None
+        if not _pick(first, ("task", "subject", "type")):
+            rows = [{**row, "subject": "mathematics"} for row in rows]
+            first = rows[0]
     prompt, response = _pick(first, ("prompt", "problem")), _pick(first, ("response", "solution"))
     task = task_column if task_column in first else None if task_column else _pick(first, ("task", "subject", "type"))
     missing = [n for n, found in (("problem (or prompt)", prompt), ("solution (or response)", response),
@@ -802,7 +807,7 @@ def load_problems(data: str, tokenizer, *, validation: int, test: int, max_lengt
         tests = {name: choose(e for rows in embedded_examples(per_family, seed, "test", *roles).values() for e in rows)
                  for name, per_family, roles in (("trained families", -(-test // 35), ("pretraining",)), ("unseen families", -(-test // 42), ("training", "heldout")))}
     else:
-        rows, own = (_to_examples(_openr1_rows(), "hub", None), []) if data == "hub" else _local_rows(Path(data), None)
+        rows, own = (_to_examples(_openr1_rows(), "hub", None), []) if data == "hub" else _local_rows(Path(data), "")
         train, tests = [e for _, e in rows], {"test": choose(e for _, e in own)}
         if not own:
             ordered = _order(seed, choose(train))

@@ -1434,6 +1434,8 @@ def test_local_formats(tmp_path):
     assert len({e.id for part in parts for e in part}) == sum(map(len, parts)) and ask(suffix=" Be brief.")[0].reset(0).prompt.endswith(" Be brief.")
     with pytest.raises(data.DataError, match="0 training problems.*subjects: Algebra, Geometry"):
         ask(subjects=("Topology",))
+    (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"problem": r["problem"], "solution": r["solution"]}) for r in table))
+    assert "0 without an answer" in data.load_problems(str(tmp_path / "plain.jsonl"), models.load_config("tiny")[1], validation=2, test=3, max_length=512)[3]
 
 
 @needs_shared
