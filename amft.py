@@ -321,7 +321,7 @@ class Controller:
     def update(self, step: int, gradient: float | None, entropy: float, target: float) -> dict[str, float]:
         """One update after optimizer step number `step` (from 1). gradient: grad_mu U, or None where it was not taken."""
         args, change = self.args, {"meta_gradient": 0.0, "entropy": 0.0}
-        if gradient is not None:
+        if gradient:  # exactly 0: the validation samples of every prompt are equally good, which says nothing and must not count in the RMS
             if args.mu_update == "printed":
                 change["meta_gradient"] = self.eta_mu * gradient
             elif len(self.squares) >= 2:  # the first two values only fill the running RMS
