@@ -796,12 +796,12 @@ def load_problems(data: str, tokenizer, *, validation: int, test: int, max_lengt
     embedded: the families of the tiny model's pre-training; tests are unseen problems of these, and of the families that no embedded model
     has seen. hub: Elliott/Openr1-Math-46k-8192. A file or folder as for load_tasks, whose own test file, or else up to a tenth of its
     rows, is the test. Rows without an answer, or longer than max_length tokens, are left out and counted. suffix: text after every
-    problem, by default BOX except for embedded ones. Raises DataError.
+    problem that does not speak of \\boxed itself, by default BOX except for embedded ones. Raises DataError.
     """
     if suffix is None:
         suffix = "" if data == "embedded" else BOX
     wanted = lambda e: e.answer and (not subjects or e.subject in subjects) and (not levels or e.level in levels)  # noqa: E731
-    choose = lambda rows: [replace(e, prompt=e.prompt + suffix) for e in rows if wanted(e)]  # noqa: E731
+    choose = lambda rows: [e if "\\boxed" in e.prompt else replace(e, prompt=e.prompt + suffix) for e in rows if wanted(e)]  # noqa: E731
     if data == "embedded":
         train = [e for rows in embedded_examples(400, seed, "train", "pretraining").values() for e in rows]
         tests = {name: choose(e for rows in embedded_examples(per_family, seed, "test", *roles).values() for e in rows)

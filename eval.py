@@ -209,15 +209,24 @@ def play_tests(model, tokenizer, world: models.World, tests: dict[str, tuple], m
     """
     result = {}
     for name, (game, n) in tests.items():
-        episodes = [g[0] for g in models.play(model, tokenizer, game, range(world.rank, n, world.size), 1, "test", max_new_tokens, batch_size, 0.0, processor=processor)]
-        turns = [t for e in episodes for t in e.turns]
-        won, right, reward, length, cut, count, misread = models.total(
-            world, sum(e.won for e in episodes), sum(t.reward > 0 for t in turns), sum(t.reward for t in turns), sum(len(t.ids) for t in turns),
-            sum(not t.finished for t in turns), len(turns), sum(t.reward == getattr(game, "misread_reward", math.nan) for t in turns))
-        result[name] = {"accuracy": won / n, "step_accuracy": right / count, "reward": reward / n, "length": length / count, "truncated": cut / count, "episodes": n}
+        groups = models.play(model, tokenizer, game, range(world.rank, n, world.size), 1, "test", max_new_tokens, batch_size, 0.0, processor=processor)
+        rows = [episode_counts(e, game) for (e,) in groups]
+        sums = dict(zip(COUNTS, models.total(world, *(sum(r[k] for r in rows) for k in COUNTS)), strict=True))
+        result[name] = {"accuracy": sums["right"] / n, "step_accuracy": sums["right_turns"] / sums["turns"], "reward": sums["reward"] / n,
+                        "length": sums["tokens"] / sums["turns"], "truncated": sums["cut_turns"] / sums["turns"], "episodes": n}
         if getattr(game, "misread_reward", None):
-            result[name]["recognition"] = 1 - misread / count
+            result[name]["recognition"] = 1 - sums["misread"] / sums["turns"]
     return result
+
+
+COUNTS = ("right", "turns", "right_turns", "reward", "tokens", "cut_turns", "misread")
+
+
+def episode_counts(episode: models.Episode, game) -> dict:
+    """What is counted of an episode; right: it is won."""
+    turns = episode.turns
+    return dict(zip(COUNTS, (episode.won, len(turns), sum(t.reward > 0 for t in turns), sum(t.reward for t in turns), sum(len(t.ids) for t in turns),
+                             sum(not t.finished for t in turns), sum(t.reward == getattr(game, "misread_reward", math.nan) for t in turns)), strict=True))
 
 
 def rollout_metrics(groups: list[list[models.Episode]], world: models.World) -> dict[str, float]:
@@ -409,10 +418,9 @@ def run_games(args, name: str, model_name: str, out: Path, rank: int, size: int,
                 groups = models.play(model, tokenizer, game, todo[at : at + step], args.samples, f"{args.seed}/{label}", args.max_length, args.batch_size, args.temperature, processor=processor)
                 for i, group in zip(todo[at : at + step], groups, strict=True):
                     for k, e in enumerate(group):
-                        right = sum(t.reward > 0 for t in e.turns)
-                        f.write(json.dumps({"model": model_name, "id": wanted[i], "sample": k, "right": e.won, "answer": "", "subject": label, "level": "", "turns": len(e.turns), "right_turns": right,
-                                            "reward": e.returns()[0], "misread": sum(t.reward == getattr(game, "misread_reward", math.nan) for t in e.turns),
-                                            "tokens": sum(len(t.ids) for t in e.turns), "finished": all(t.finished for t in e.turns), "response": [t.text for t in e.turns]}) + "\n")
+                        counts = episode_counts(e, game)
+                        f.write(json.dumps({"model": model_name, "id": wanted[i], "sample": k, **counts, "answer": "", "subject": label, "level": "",
+                                            "finished": not counts["cut_turns"], "response": [t.text for t in e.turns]}) + "\n")
                 f.flush()
     _barrier()
     rows, result = written(out, model_name) if rank == 0 else {}, {}
