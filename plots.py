@@ -11,6 +11,7 @@ their mean, with a band from the lowest to the highest. Raw values are faint, sm
 
 import json
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -208,7 +209,7 @@ def benchmark_panels(folders: list[Path]) -> list:
             rows = [r for _, r in shown]
             errors = [[100 * (r["accuracy"] - r["interval"][0]) for r in rows], [100 * (r["interval"][1] - r["accuracy"]) for r in rows]]
             axis.bar([x for x, _ in shown], [100 * r["accuracy"] for r in rows], width * 0.92, color=colour, label=model, yerr=errors, error_kw={"linewidth": 1.2, "capsize": 3})
-        axis.set_xticks(range(len(names)), [n.replace(" (", "\n(") for n in names], fontsize=10 if len(names) < 4 else 8)
+        axis.set_xticks(range(len(names)), [textwrap.fill(n.replace("_", " "), 13) for n in names], fontsize=10 if len(names) < 4 else 8)
         axis.grid(axis="x", visible=False)
         axis.legend()
 
