@@ -888,6 +888,35 @@ def test_meta_gradient_against_finite_differences(preconditioner, clip, process_
     assert ours == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-4) and abs(ours) > 1e-6
 
 
+def test_a_step_that_does_not_depend_on_mu(process_group):
+    """A clipped step along mu g_SFT is the same for every mu: no meta-gradient is taken, as its rounding would become the scale of the next."""
+    model = small_llama()
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "lr": 1e-3, "peak": 1e-3}])
+    _, learner = amft_learner(model, optimizer, clip=0.5)
+    start = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    sft, rl = ([torch.randn_like(p) for p in learner.params] for _ in range(2))
+
+    def after(mu, part, clip):
+        learner.args.clip = clip
+        model.load_state_dict(start[0])
+        optimizer.load_state_dict(copy.deepcopy(start[1]))
+        G = [mu * s + (1 - mu) * part * r for s, r in zip(sft, rl, strict=True)]
+        norm, _ = learner.take_step(G, 1.0)
+        D = [s - part * r for s, r in zip(sft, rl, strict=True)]
+        return amft.depends_on_mu(learner, G, D, norm), torch.cat([p.detach().flatten().clone() for p in learner.params])
+
+    for part, clip, depends in ((0.0, 0.5, False), (0.0, 1e9, True), (1e-3, 0.5, True)):
+        (first, a), (second, b) = after(0.3, part, clip), after(0.6, part, clip)
+        assert first == second == depends
+        if not depends:
+            assert (a - b).abs().max() < 1e-9
+        elif part:
+            assert (a - b).abs().max() > 1e-7
+    learner.args.clip = 0.5
+    zero = [torch.zeros_like(p) for p in learner.params]
+    assert not amft.depends_on_mu(learner, zero, zero, 0.0)
+
+
 def test_utility_gradient_is_unbiased(process_group):
     """Over all pairs of samples of a prompt, weighted by their probability, the estimate of grad_mu U is the exact inner product."""
     model = small_llama(vocab_size=5)
