@@ -315,10 +315,9 @@ def _draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: floa
     """([B] tokens, [B] their untempered log-probabilities) from [B, V] logits, by inverting the distribution function at u [B];
     temperature 0 takes the largest. The running sum goes over blocks of 256 tokens and then within one: a sum over all is slow."""
     plain = logits.softmax(-1)
-    top, where = logits.max(-1)
-    scale = top - plain.gather(1, where[:, None]).squeeze(1).log()  # log sum exp, from the largest probability, which is never small
+    scale = logits.amax(-1) - plain.amax(-1).log()  # log sum exp, from the largest probability, which is never small
     if temperature == 0:
-        token = where
+        token = logits.argmax(-1)
     else:
         probs, order = plain if temperature == 1 else (logits / temperature).softmax(-1), None
         if top_p < 1:  # the smallest set of most likely tokens with at least that mass
@@ -464,9 +463,8 @@ class TokenLogprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         p = logits.softmax(-1)
-        top, where = logits.max(-1)
-        scale = top - p.gather(1, where[:, None]).squeeze(1).log()  # log sum exp
-        entropy = scale - torch.linalg.vecdot(p, logits)
+        scale = logits.amax(-1) - p.amax(-1).log()  # log sum exp
+        entropy = scale - torch.bmm(p[:, None], logits[:, :, None]).flatten()
         ctx.save_for_backward(p, targets, entropy)
         return logits.gather(1, targets[:, None]).squeeze(1) - scale, entropy
 
@@ -476,7 +474,7 @@ class TokenLogprobs(torch.autograd.Function):
         factor = 0.0 if grad_logprobs is None else -grad_logprobs[:, None]
         if grad_entropy is not None:  # dH / dlogit = -p (log p + H)
             factor = factor - grad_entropy[:, None] * (p.clamp(min=torch.finfo(p.dtype).tiny).log() + entropy[:, None])
-        grad = p * factor
+        grad = p.mul_(factor)  # in place: autograd refuses a second backward through it
         if grad_logprobs is not None:
             grad[torch.arange(len(targets), device=targets.device), targets] += grad_logprobs
         return grad, None

@@ -463,6 +463,20 @@ def lora_learner(model, tokens, **options):
     return meta_lora.Learner(model, adapters, args, fomaml.World(torch.device("cpu")), 0, tokens)
 
 
+def test_lora_dropout():
+    """Its share, scale, mask in the gradient, independence of neighbours (four share a random number), and determinism."""
+    x = torch.ones(64, 33, 127, requires_grad=True)
+    torch.manual_seed(0)
+    y = meta_lora.dropout(x, 0.05)
+    y.sum().backward()
+    torch.manual_seed(0)
+    assert torch.equal(y, meta_lora.dropout(x, 0.05)) and torch.equal(x.grad, y.detach())
+    dropped = (y == 0).flatten().double()
+    assert y.unique().tolist() == pytest.approx([0, 1 / 0.95]) and torch.equal(meta_lora.dropout(x, 0.0), x)
+    for part in (dropped, *(dropped[k::4] for k in range(4)), dropped[:-1][dropped[1:] == 1], dropped[:-2][dropped[2:] == 1]):
+        assert abs(part.mean().item() - 0.05) < 5 * math.sqrt(0.05 * 0.95 / len(part))
+
+
 @pytest.mark.parametrize("options", [{}, {"inner_clip": 0.3}, {"inner_optimizer": "adam", "inner_lr": 0.003}], ids=["sgd", "clip", "adam"])
 def test_lora_batched_stage_one(options):
     """All tasks in one forward equal task after task, whatever the chunk; the base is bitwise untouched."""
