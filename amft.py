@@ -309,12 +309,12 @@ def step_derivative(optimizer, params, gradient, difference, norm: float, produc
         d.copy_((dm / (root + eps) - second) * -group["lr"])
 
 
-def depends_on_mu(learner, gradient, difference, norm: float) -> bool:
-    """Whether mu changes the step at all. It does not where G was clipped and D is parallel to it, as where all samples of each prompt are equally
-    good: G = mu g_SFT has the same direction for every mu. What is left of d theta / d mu is then rounding, which no RMS must see."""
-    square, product = learner.dot(difference, difference), learner.dot(gradient, difference)
+def depends_on_mu(norm: float, product: float, square: float, clip: float, preconditioner: str) -> bool:
+    """Whether mu changes the step at all (norm = |G|, product = <G, D>, square = |D|^2). It does not where G was clipped and D is parallel to it, as
+    where all samples of each prompt are equally good: G = mu g_SFT has the same direction for every mu. What is left of d theta / d mu is then
+    rounding, which no RMS must see."""
     aside = square * norm**2 - product**2  # |D|^2 |G|^2 sin^2 of the angle between them
-    return square > 0 and (norm <= learner.args.clip or learner.args.meta_preconditioner == "none" or aside > 1e-10 * square * norm**2)
+    return square > 0 and (norm <= clip or preconditioner == "none" or aside > 1e-10 * square * norm**2)
 
 
 class Controller:
@@ -846,8 +846,9 @@ def main(args: Args, world: World) -> int:
                 warn("equal", "all responses to each prompt have the same reward: this step's advantages are zero, nothing is learned from them")
         if args.method == "amft" and state["entropy_target"] is not None and finite:
             grad_mu = None
-            if update_mu and depends_on_mu(learner, gradient, difference, norm):
-                step_derivative(optimizer, learner.params, gradient, difference, norm, learner.dot(gradient, difference), args.clip, args.meta_preconditioner)
+            product, square = (learner.dot(gradient, difference), learner.dot(difference, difference)) if update_mu else (0.0, 0.0)
+            if depends_on_mu(norm, product, square, args.clip, args.meta_preconditioner):
+                step_derivative(optimizer, learner.params, gradient, difference, norm, product, args.clip, args.meta_preconditioner)
                 seeds = share(args.validation_prompts, (step + 1) // args.mu_every * args.validation_prompts)
                 grad_mu, noise_ratio = learner.utility_gradient(rollout(validation, seeds, f"{step}/validation"), difference)
                 metrics |= {"grad_mu": grad_mu, "grad_mu_snr": noise_ratio}

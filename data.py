@@ -563,7 +563,7 @@ def _to_examples(rows: list[dict], source: str, task_column: str | None) -> list
     if task_column == "":  # no tasks are asked for
         task_column = None
         if not _pick(first, ("task", "subject", "type")):
-            rows = [{**row, "subject": "mathematics"} for row in rows]
+            rows = [{**row, "subject": "math"} for row in rows]
             first = rows[0]
     prompt, response = _pick(first, ("prompt", "problem")), _pick(first, ("response", "solution"))
     task = task_column if task_column in first else None if task_column else _pick(first, ("task", "subject", "type"))
@@ -807,15 +807,15 @@ def load_problems(data: str, tokenizer, *, validation: int, test: int, max_lengt
         tests = {name: choose(e for rows in embedded_examples(per_family, seed, "test", *roles).values() for e in rows)
                  for name, per_family, roles in (("trained families", -(-test // 35), ("pretraining",)), ("unseen families", -(-test // 42), ("training", "heldout")))}
     else:
-        rows, own = (_to_examples(_openr1_rows(), "hub", None), []) if data == "hub" else _local_rows(Path(data), "")
+        rows, own = (_to_examples(_openr1_rows(), "hub", ""), []) if data == "hub" else _local_rows(Path(data), "")
         train, tests = [e for _, e in rows], {"test": choose(e for _, e in own)}
         if not own:
             ordered = _order(seed, choose(train))
             held = min(max(test, 1), len(ordered) // 10 or 1)
             tests = {"test": ordered[:held]}
-    taken = {e.id for rows in tests.values() for e in rows}
-    train = [e for e in train if e.id not in taken]
-    chosen, count = choose(train), len(train)
+            taken = {e.id for e in tests["test"]}
+            train = [e for e in train if e.id not in taken]
+    chosen = choose(train)
     tokens, dropped = encode(tokenizer, chosen, max_length)
     chosen = _order(seed, [e for e in chosen if e.id in tokens])
     if len(chosen) <= validation or not all(tests.values()):
@@ -824,7 +824,7 @@ def load_problems(data: str, tokenizer, *, validation: int, test: int, max_lengt
                         f"--subjects, --levels and --max-length choose); more than --validation-size {validation} and 1 are needed")
     tests = {name: MathProblems(_order(seed, rows)[:test]) for name, rows in tests.items()}
     report = (f"{len(chosen) - validation} training problems, {validation} for validation, " + ", ".join(f"{len(t)} {n}" for n, t in tests.items())
-              + f"; {dropped} over {max_length} tokens and {count - len(chosen) - dropped} without an answer or not chosen left out")
+              + f"; {dropped} over {max_length} tokens and {len(train) - len(chosen) - dropped} without an answer or not chosen left out")
     return MathProblems(chosen[validation:], seed), MathProblems(chosen[:validation], seed), tests, report
 
 
@@ -837,7 +837,7 @@ def _openr1_rows() -> list[dict]:
     except Exception as e:
         raise DataError(f"cannot load Elliott/Openr1-Math-46k-8192 from the hub: {str(e).splitlines()[0][:200]}") from None
     last = lambda value, role: next((m["content"] for m in reversed(value) if m["role"] == role), "") if isinstance(value, list) else value  # noqa: E731
-    return [{"prompt": last(row["prompt"], "user"), "response": last(row["target"], "assistant"), "subject": "math",
+    return [{"prompt": last(row["prompt"], "user"), "response": last(row["target"], "assistant"),
              "answer": (row.get("reward_model") or {}).get("ground_truth", "")} for row in loaded]
 
 
