@@ -1,72 +1,118 @@
-r"""AMFT: imitation and exploration in one stage, balanced by a learned weight; and the methods it is compared with.
+r"""AMFT: imitation and exploration in one stage, balanced by a learned weight; and its rivals.
 
-    L_RL  = -E_{y ~ pi}[ min(r A, clip(r, 1 - eps, 1 + eps) A) ],   L_SFT = -E_{(x, y) ~ D}[ log pi(y | x) ]         (1, 2)
-    L     = (1 - mu) L_RL + mu L_SFT,   theta <- clipped AdamW(theta, grad L)                                       (3)
-    mu    <- clip( mu + eta_mu grad_mu U + eta_H (H* - H(pi)), mu_min, mu_max ),   U = E[reward on validation]       (4, 6)
-    grad_mu U = < grad U(theta_t), d theta_t / d mu >,   the derivative of the step that was just taken              (5)
-"AMFT: Aligning LLM Reasoners by Meta-Learning the Optimal Imitation-Exploration Balance", arXiv 2508.06944. A later arXiv record (v3) says
-that the paper is under investigation and that its authors asked to withdraw it; its public code cannot produce its results. This is an
-independent implementation of the published algorithm.
+    L_RL  = -E_{y ~ pi}[ min(r A, clip(r, 1 - eps, 1 + eps) A) ]                                 (1)
+    L_SFT = -E_{(x, y) ~ D}[ log pi(y | x) ]                                                     (2)
+    L     = (1 - mu) L_RL + mu L_SFT,   theta <- clipped AdamW(theta, grad L)                    (3)
+    U     = E[reward on validation]                                                              (4)
+    grad_mu U = < grad U(theta_t), d theta_t / d mu >,  of the step that was just taken          (5)
+    mu    <- clip( mu + eta_mu grad_mu U + eta_H (H* - H(pi)), mu_min, mu_max )                  (6)
+"AMFT: Aligning LLM Reasoners by Meta-Learning the Optimal Imitation-Exploration Balance",
+arXiv 2508.06944. A later arXiv record (v3) says that the paper is under investigation and that its
+authors asked to withdraw it; its public code cannot produce its results. This is an independent
+implementation of the published algorithm.
 
 What is done differently, and why:
-1. The meta-gradient is real: two backward passes at theta give g_SFT and g_RL, validation rollouts at the new theta give grad U (a policy
-   gradient with a leave-one-out baseline), and one inner product joins them. The paper's code has a placeholder there.
-2. --meta-preconditioner adam (default) differentiates the clipped AdamW step that training takes; none is eq. (5), which is for SGD.
-3. --mu-update normalised (default): with the published constants eq. (6) moves mu by some 1e-9 an update; --mu-update printed does just that.
+1. The meta-gradient is real: two backward passes at theta give g_SFT and g_RL, validation rollouts
+   at the new theta give grad U (a policy gradient with a leave-one-out baseline), and one inner
+   product joins them. The paper's code has a placeholder there.
+2. --meta-preconditioner adam (default) differentiates the clipped AdamW step that training takes;
+   none is eq. (5), which is for SGD.
+3. --mu-update normalised (default): with the published constants eq. (6) moves mu by some 1e-9 an
+   update; --mu-update printed does just that.
 4. --entropy-sign printed is eq. (6); text is what the paper's words say, the opposite.
-5. A step's demonstrations are those of its prompts, so that every --method sees the same prompts and demonstrations.
-6. Rollouts are taken at temperature 1 and top-p 1: the log-probabilities are those of the distribution sampled from.
+5. A step's demonstrations are those of its prompts, so that every --method sees the same prompts
+   and demonstrations.
+6. Rollouts are taken at temperature 1 and top-p 1: the log-probabilities are those of the
+   distribution sampled from.
+All in which the methods differ is the table METHODS.
 
-    python amft.py                                                         # laptop: embedded model and problems, 4 minutes
-    torchrun --standalone --nproc_per_node 8 amft.py --model Qwen/Qwen2.5-Math-7B --data hub --lr 1e-6 --steps 500 --mu-every 20 \
-        --prompts-per-step 128 --max-new-tokens 8192 --micro-batch 2 --activation-checkpointing
-    torchrun --nnodes 2 --nproc_per_node 8 --node_rank $R --master_addr $HOST --master_port 29500 amft.py --replicas 2 ...
+    python amft.py                              # laptop: embedded model and problems, 4 minutes
+    torchrun --standalone --nproc_per_node 8 amft.py --model Qwen/Qwen2.5-Math-7B --data hub \
+        --lr 1e-6 --steps 500 --mu-every 20 --prompts-per-step 128 --max-new-tokens 8192 \
+        --micro-batch 2 --activation-checkpointing
+    torchrun --nnodes 2 --nproc_per_node 8 --node_rank $R --master_addr $HOST --master_port 29500 \
+        amft.py --replicas 2 ...
 """
 
-import functools
 import math
 import sys
-import time
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from tqdm import tqdm
+import tyro
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
-import eval as evaluation
-import model as models
-from data import DataError, load_problems
+from data import DataError
 from games import games_of
-from model import Episode, Policy, Stop, Turn, World, demonstrate, local, total
+from games.play import Actor, Trajectory, Turn, demonstrate
+from games.problems import load_problems
+from measure import (
+    play_tests,
+    rollout_metrics,
+    rollout_warnings,
+    sample_rows,
+    tests_lines,
+    tests_table,
+)
+from model import (
+    World,
+    each_gradient,
+    flat_like,
+    gathered,
+    layers_to_shard,
+    load_readers,
+    load_weights,
+    local,
+    materialize,
+    set_gradients,
+    skeleton,
+    trained_parameters,
+)
+from policy import Policy, check_head, stack_inputs
+from run import ModelCheckpoint, Run, check_positive, check_space, start
 
 
 @dataclass
 class Args:
-    """AMFT, and under the same budget: SFT, GRPO or PPO, SFT then RL, a fixed weight, CHORD, LUFFY, SRFT, HPT."""
+    """AMFT, and under the same budget: SFT, GRPO or PPO, SFT then RL, a fixed weight, CHORD, LUFFY,
+    SRFT, HPT."""
 
     # What is trained, on what
     task: Literal["math", "general_points", "virl"] = "math"
-    """Where prompts, demonstrations and rewards come from: data.py (math) or games.py. It sets the defaults that are "by task"."""
+    """Where prompts, demonstrations and rewards come from: data.py (math) or games.py. It sets the
+    defaults that are "by task"."""
     model: str | None = None
-    """tiny, tiny_bare (tiny with a habit of bare answers), a local folder in Hugging Face format, or a hub name. By task: tiny_bare, tiny_games
-    (tiny after the experts' answers, with the same habit), tiny_vision with --vision."""
+    """tiny, tiny_bare (tiny with a habit of bare answers), a local folder in Hugging Face format,
+    or a hub name. By task: tiny_bare, tiny_games (tiny after the experts' answers, with the same
+    habit), tiny_vision with --vision."""
     data: str = "embedded"
-    """embedded, hub (Elliott/Openr1-Math-46k-8192), or a file or folder with problem, solution and answer; see data.py."""
+    """embedded, hub (Elliott/Openr1-Math-46k-8192), or a file or folder with problem, solution and
+    answer; see data.py."""
     subjects: tuple[str, ...] = ()
     """Only problems of these subjects (columns subject or type)."""
     levels: tuple[int, ...] = ()
     """Only problems of these levels."""
     suffix: str | None = None
-    """math: text after every problem. Default: a request to reason and to box the answer (none for embedded problems)."""
+    """math: text after every problem. Default: a request to reason and to box the answer (none for
+    embedded problems)."""
     validation_size: int = 64
-    """math: training problems set apart for U, the validation reward that mu's gradient is taken of."""
+    """math: training problems set apart for U, the validation reward that mu's gradient is taken
+    of."""
     rule: Literal["10", "11_12_13"] = "10"
-    """general_points: what J, Q and K count in training; the other rule is the out-of-distribution test."""
+    """general_points: what J, Q and K count in training; the other rule is the out-of-distribution
+    test."""
     suits: Literal["black", "red"] = "black"
-    """general_points with --vision: the cards in training; the others are the visual out-of-distribution test."""
+    """general_points with --vision: the cards in training; the others are the visual out-of-
+    distribution test."""
     actions: Literal["absolute", "relative"] = "absolute"
     """virl: what turn_direction takes in training; the other is the out-of-distribution test."""
     routes: str | None = None
@@ -76,28 +122,35 @@ class Args:
     vision: bool = False
     """Games in pictures, for a model of AutoModelForImageTextToText (default: tiny_vision)."""
     full_prompts: bool = False
-    """Games: the originals' long prompts and routes. Without: short ones, for the embedded model."""
+    """Games: the originals' long prompts and routes. Without: short ones, for the embedded
+    model."""
     max_length: int = 2048
     """Tokens of a prompt and its demonstration; longer ones are left out and counted."""
     output_dir: str = "runs/amft"
-    """Run folder: args.json, metrics.jsonl, evaluations.jsonl, samples.jsonl, dynamics.png, checkpoints. A folder in use gets a number appended."""
+    """Run folder: args.json, metrics.jsonl, evaluations.jsonl, samples.jsonl, dynamics.png,
+    checkpoints. A folder in use gets a number appended."""
     seed: int = 42
     """Prompts and samples are a function of (seed, step, place)."""
 
     # The method
-    method: Literal["amft", "sft", "rl", "sft_then_rl", "fixed", "chord", "luffy", "srft", "hpt"] = "amft"
-    """amft; sft; rl (GRPO or PPO, see --advantage); sft_then_rl; fixed (constant mu = --mu-init); chord (2508.11408); luffy
-    (2504.14945); srft (2506.19767); hpt (2509.04419)."""
+    method: Literal[
+        "amft", "sft", "rl", "sft_then_rl", "fixed", "chord", "luffy", "srft", "hpt"
+    ] = "amft"
+    """amft; sft; rl (GRPO or PPO, see --advantage); sft_then_rl; fixed (constant mu = --mu-init);
+    chord (2508.11408); luffy (2504.14945); srft (2506.19767); hpt (2509.04419)."""
     steps: int | None = None
-    """Optimizer steps (times --epochs and --minibatches), the warm-up included. By task: 80, 70, 30."""
+    """Optimizer steps (times --epochs and --minibatches), the warm-up included. By task: 80, 70,
+    30."""
     warmup_steps: int | None = None
-    """W, SFT steps at the beginning, counted in --steps. Default: 5 for amft, 0 for the other methods; 20 with --vision."""
+    """W, SFT steps at the beginning, counted in --steps. Default: 5 for amft, 0 for the other
+    methods; 20 with --vision."""
     warmup_batch: int | None = None
     """Demonstrated prompts per warm-up step. Default: --prompts-per-step; 32 with --vision."""
     warmup_lr: float | None = None
     """Learning rate of the warm-up. Default: --lr; 1e-3 with --vision."""
     lr: float | None = None
-    """alpha, AdamW (paper's code: 1e-6 for 7B models). Default: 3e-5; with --vision 1e-4, since tiny_vision is still learning to read."""
+    """alpha, AdamW (paper's code: 1e-6 for 7B models). Default: 3e-5; with --vision 1e-4, since
+    tiny_vision is still learning to read."""
     lr_warmup: int = 5
     """Steps of linearly rising learning rate; constant after it."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -119,7 +172,8 @@ class Args:
     clip_ratio: float = 0.2
     """eps of the clipped surrogate."""
     loss_aggregation: Literal["token", "sequence"] = "token"
-    """token: mean over all response tokens (DAPO's); sequence: each response first (the original GRPO)."""
+    """token: mean over all response tokens (DAPO's); sequence: each response first (the original
+    GRPO)."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus (paper's code: 0.01)."""
     value_coefficient: float = 0.1
@@ -139,17 +193,20 @@ class Args:
 
     # The controller of mu
     mu_init: float = 0.5
-    """mu at the start (the paper's code has 0.8, its README 0.5); the constant of --method fixed."""
+    """mu at the start (the paper's code has 0.8, its README 0.5); the constant of --method
+    fixed."""
     mu_min: float = 0.05
     """Lowest mu."""
     mu_max: float = 0.95
     """Highest mu."""
     mu_every: int = 5
-    """K, steps between meta-gradients (paper: 20; a demonstration of 80 steps wants more than four)."""
+    """K, steps between meta-gradients (paper: 20; a demonstration of 80 steps wants more than
+    four)."""
     meta_preconditioner: Literal["adam", "none"] = "adam"
     """d theta / d mu of the clipped AdamW step (adam), or eq. (5) as printed (none)."""
     mu_update: Literal["normalised", "printed"] = "normalised"
-    """normalised: the meta-gradient divided by its running RMS, both terms every K steps; printed: eq. (6)."""
+    """normalised: the meta-gradient divided by its running RMS, both terms every K steps; printed:
+    eq. (6)."""
     eta_mu: float | None = None
     """Default: 0.05 normalised, 1e-4 printed."""
     eta_entropy: float | None = None
@@ -157,7 +214,8 @@ class Args:
     entropy_sign: Literal["printed", "text"] = "printed"
     """printed: + eta_H (H* - H), as in eq. (6); text: the opposite, as in the paper's words."""
     validation_prompts: int | None = None
-    """Validation prompts per meta-gradient, with --samples responses each, over all ranks. Default: --prompts-per-step."""
+    """Validation prompts per meta-gradient, with --samples responses each, over all ranks. Default:
+    --prompts-per-step."""
     no_meta_gradient: bool = False
     """Ablation: the entropy term alone moves mu."""
     no_entropy_term: bool = False
@@ -179,17 +237,21 @@ class Args:
     luffy_gamma: float = 0.1
     """luffy: gamma of the shaping pi / (pi + gamma)."""
     hpt_gate: int = 0
-    """hpt: a prompt with at most so many right samples is trained on its demonstration instead (2 for weaker models)."""
+    """hpt: a prompt with at most so many right samples is trained on its demonstration instead (2
+    for weaker models)."""
     hpt_sft: float = 1.0
     """hpt: weight of such demonstrations (0.3 for the 1.5B model)."""
 
     # Evaluation, logging, checkpoints
     eval_every: int = 20
-    """Steps between evaluations; also before the first, after the warm-up and after the last. 0: only those; -1: none."""
+    """Steps between evaluations; also before the first, after the warm-up and after the last. 0:
+    only those; -1: none."""
     eval_problems: int | None = None
-    """Problems or episodes of each test set, greedy. By task: 140, 70, 70; games with --full-prompts 234, as in the papers."""
+    """Problems or episodes of each test set, greedy. By task: 140, 70, 70; games with --full-
+    prompts 234, as in the papers."""
     show: int = 2
-    """Prompts whose sampled responses are written to samples.jsonl at evaluations; the best and the worst are printed."""
+    """Prompts whose sampled responses are written to samples.jsonl at evaluations; the best and the
+    worst are printed."""
     save_every: int = 40
     """Steps between checkpoints; also at the end and on Ctrl-C or SIGTERM."""
     keep: int = 3
@@ -197,13 +259,15 @@ class Args:
     resume: bool = False
     """Continue the newest checkpoint of --output-dir."""
     dry_run: bool = False
-    """Check versions, devices, model, data, memory and disk without reading weights; exit status 1 if the run could not finish."""
+    """Check versions, devices, model, data, memory and disk without reading weights; exit status 1
+    if the run could not finish."""
     wandb: bool = False
     """Log to Weights & Biases as well (pip install wandb; WANDB_MODE=offline works)."""
 
     # Machine
     replicas: int = 1
-    """R: the ranks form R groups that shard their own copy of the model; gradients are summed over them."""
+    """R: the ranks form R groups that shard their own copy of the model; gradients are summed over
+    them."""
     micro_batch: int = 32
     """Sequences per forward and rank."""
     generation_batch: int = 128
@@ -218,161 +282,166 @@ class Args:
     """Let a hub model run its own code."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses: one number a token, [B, L]. old: log-probability at the time of sampling; 0 for demonstrations (behaviour probability 1).
-
-
-def ppo_loss(logprobs, old, advantages, eps):
-    """Clipped surrogate, Schulman et al. 2017, eq. (7)."""
-    ratio = (logprobs - old).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - eps, 1 + eps) * advantages)
-
-
-def reinforce_loss(logprobs, old, advantages):
-    """The surrogate without clipping (LUFFY's and HPT's own samples)."""
-    return -(logprobs - old).exp() * advantages
-
-
-def luffy_loss(logprobs, old, advantages, demonstration, gamma):
-    """Own samples by their ratio, demonstrations by pi / (pi + gamma), differentiated through (2504.14945, eq. 5)."""
-    p = logprobs.exp()
-    return torch.where(demonstration, -p / (p + gamma) * advantages, reinforce_loss(logprobs, old, advantages))
-
-
-def srft_loss(logprobs, old, advantages, demonstration, right, entropy, eps):
-    """2506.19767: 0.5 exp(-H) (-log pi) + clipped surrogate on demonstrations; own samples 0.1 exp(H) (-log pi) if right, log pi if wrong.
-
-    entropy [B, 1]: each sequence's mean token entropy H, without gradient. The paper says that the weight of right samples rises with
-    the entropy; a public summary prints exp(-H) there. log pi of wrong samples has no lower bound: one step per rollout.
-    """
-    on_demonstrations = 0.5 * torch.exp(-entropy) * -logprobs + ppo_loss(logprobs, old, advantages, eps)
-    on_own = torch.where(right, 0.1 * torch.exp(entropy) * -logprobs, logprobs)
-    return torch.where(demonstration, on_demonstrations, on_own)
-
-
-def sft_loss(logprobs, phi=False):
-    """-log pi; with phi each token is weighted by p (1 - p), a constant to the gradient (CHORD-phi, 2508.11408)."""
-    p = logprobs.detach().exp()
-    return -(p * (1 - p)) * logprobs if phi else -logprobs
-
-
-def group_advantages(returns: list[float], method: Literal["grpo", "mean", "leave_one_out"]) -> list[float]:
-    """grpo: (R - mean) / (std + 1e-4), std with n - 1 (2402.03300); mean: R - mean (LUFFY, HPT); leave_one_out: R - mean of the others,
-    the unbiased baseline that grad U needs."""
-    n = len(returns)
-    if n < 2:
-        return [0.0] * n
-    mean = sum(returns) / n
-    if method == "leave_one_out":
-        return [(r - mean) * n / (n - 1) for r in returns]
-    std = math.sqrt(sum((r - mean) ** 2 for r in returns) / (n - 1))
-    return [(r - mean) / (std + 1e-4) if method == "grpo" else r - mean for r in returns]
-
-
-def gae(values: list[float], reward: float, lam: float) -> list[float]:
-    """Generalised advantage estimation over the tokens of a response, gamma = 1, the reward after its last token (1506.02438, eq. 16)."""
-    out, advantage, following = [], 0.0, 0.0
-    for t in reversed(range(len(values))):
-        delta = (reward if t == len(values) - 1 else 0.0) + following - values[t]
-        advantage = delta + lam * advantage
-        following = values[t]
-        out.append(advantage)
-    return out[::-1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The controller of mu
-
-
-@torch.no_grad()
-def step_derivative(optimizer, params, gradient, difference, norm: float, product: float, clip: float, preconditioner: str) -> None:
-    """difference <- d theta / d mu of the step that was just taken (in place, shard by shard).
-
-    gradient: G = (1 - mu) g_RL + mu g_SFT + g_aux before clipping; difference: D = g_SFT - g_RL; norm = |G|, product = <G, D>.
-    "none": -alpha D, eq. (5). "adam": the derivative of clipped AdamW,
-        dg = c (D - G <G, D> / |G|^2) if clipped else D,   dm = (1 - b1) dg / (1 - b1^t),   dv = (1 - b2) 2 g dg / (1 - b2^t)
-        d theta / d mu = -alpha [ dm / (sqrt v + eps) - m dv / (2 sqrt v (sqrt v + eps)^2) ]      (bias-corrected m, v; 0 where v = 0)
-    """
-    c = min(1.0, clip / norm) if norm > 0 else 1.0
-    groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    for p, g, d in zip(params, gradient, difference, strict=True):
-        group = groups[id(p)]
-        if preconditioner == "none":
-            d.mul_(-group["lr"])
-            continue
-        (b1, b2), eps, state = group["betas"], group["eps"], optimizer.state[p]
-        t = float(state["step"])
-        dg = c * (d - g * (product / norm**2)) if c < 1 else d
-        m, v = local(state["exp_avg"]) / (1 - b1**t), local(state["exp_avg_sq"]) / (1 - b2**t)
-        dm, dv, root = (1 - b1) / (1 - b1**t) * dg, (1 - b2) / (1 - b2**t) * 2 * c * g * dg, v.sqrt()
-        second = torch.where(v > 0, m * dv / (2 * root * (root + eps) ** 2), torch.zeros_like(v))
-        d.copy_((dm / (root + eps) - second) * -group["lr"])
-
-
-def depends_on_mu(norm: float, product: float, square: float, clip: float, preconditioner: str) -> bool:
-    """Whether mu changes the step at all (norm = |G|, product = <G, D>, square = |D|^2). It does not where G was clipped and D is parallel to it, as
-    where all samples of each prompt are equally good: G = mu g_SFT has the same direction for every mu. What is left of d theta / d mu is then
-    rounding, which no RMS must see."""
-    aside = square * norm**2 - product**2  # |D|^2 |G|^2 sin^2 of the angle between them
-    return square > 0 and (norm <= clip or preconditioner == "none" or aside > 1e-10 * square * norm**2)
-
-
-class Controller:
-    """mu and what its update remembers. Eq. (6), or its normalised form."""
-
-    def __init__(self, args: Args):
-        self.args, self.mu, self.squares = args, args.mu_init, []
-        printed = args.mu_update == "printed"
-        self.eta_mu = args.eta_mu if args.eta_mu is not None else 1e-4 if printed else 0.05
-        self.eta_entropy = args.eta_entropy if args.eta_entropy is not None else 5e-4 if printed else 0.05
-
-    def update(self, step: int, gradient: float | None, entropy: float, target: float) -> dict[str, float]:
-        """One update after optimizer step number `step` (from 1). gradient: grad_mu U, or None where it was not taken."""
-        args, change = self.args, {"meta_gradient": 0.0, "entropy": 0.0}
-        if gradient:  # exactly 0: the validation samples of every prompt are equally good, which says nothing and must not count in the RMS
-            if args.mu_update == "printed":
-                change["meta_gradient"] = self.eta_mu * gradient
-            elif len(self.squares) >= 2:  # the first two values only fill the running RMS
-                rms = math.sqrt(sum(self.squares) / len(self.squares))
-                change["meta_gradient"] = self.eta_mu * max(-3.0, min(3.0, gradient / max(rms, 1e-30)))
-            self.squares.append(gradient**2)
-        if not args.no_entropy_term and (args.mu_update == "printed" or step % args.mu_every == 0):
-            change["entropy"] = self.eta_entropy * (target - entropy) * (1 if args.entropy_sign == "printed" else -1)
-        self.mu = min(args.mu_max, max(args.mu_min, self.mu + sum(change.values())))
-        return {f"mu_change/{k}": v for k, v in change.items()}
-
-
-def mu_of_step(args: Args, step: int, controller: Controller) -> float:
-    """The weight of imitation at a step (from 0): 1 in a warm-up, else the method's."""
-    if step < args.warmup_steps or args.method == "sft":
-        return 1.0
-    if args.method == "sft_then_rl":
-        return float(step < round(args.sft_share * args.steps))
-    if args.method == "chord":
-        if args.chord_phi:
-            return 0.1
-        if step < args.chord_warmup:
-            return args.chord_start * (step + 1) / args.chord_warmup
-        done = min(1.0, (step - args.chord_warmup) / args.chord_steps)
-        return args.chord_end + (args.chord_start - args.chord_end) * 0.5 * (1 + math.cos(math.pi * done))
-    return {"amft": controller.mu, "fixed": args.mu_init}.get(args.method, 0.0)
+# What may differ when a run is resumed: it does not change the mathematics.
+FREE = {
+    "resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "show", "replicas",
+    "micro_batch", "generation_batch", "activation_checkpointing", "cpu_offload", "compile",
+    "dry_run",
+}  # fmt: skip
 
 
 def with_defaults(args: Args) -> Args:
     """The defaults that depend on the task and the method."""
-    first, episodes = 5 if args.method == "amft" else 0, 234 if args.full_prompts else 70
-    model = "tiny_vision" if args.vision else "tiny_games"
-    by_task = {"math": {"model": "tiny_bare", "steps": 80, "warmup_steps": first, "prompts_per_step": 16, "samples": 8, "eval_problems": 140},
-               "general_points": {"model": model, "steps": 70, "warmup_steps": first, "prompts_per_step": 8, "samples": 8, "eval_problems": episodes},
-               "virl": {"model": model, "steps": 30, "warmup_steps": first, "prompts_per_step": 4, "samples": 4, "eval_problems": episodes}}[args.task]
-    by_task |= {"lr": 1e-4, "warmup_lr": 1e-3, "warmup_steps": 20, "warmup_batch": 32} if args.vision else {"lr": 3e-5}
-    args = replace(args, **{k: v for k, v in by_task.items() if getattr(args, k) is None})
-    rest = {"warmup_batch": args.prompts_per_step, "warmup_lr": args.lr, "validation_prompts": args.prompts_per_step}
-    return replace(args, **{k: v for k, v in rest.items() if getattr(args, k) is None})
+    games_model = "tiny_vision" if args.vision else "tiny_games"
+    games_episodes = 234 if args.full_prompts else 70
+    by_task = {
+        "math": {"model": "tiny_bare", "steps": 80, "prompts_per_step": 16, "samples": 8},
+        "general_points": {"model": games_model, "steps": 70, "prompts_per_step": 8, "samples": 8},
+        "virl": {"model": games_model, "steps": 30, "prompts_per_step": 4, "samples": 4},
+    }
+    defaults = by_task[args.task] | {"lr": 3e-5}
+    defaults["eval_problems"] = 140 if args.task == "math" else games_episodes
+    defaults["warmup_steps"] = 5 if args.method == "amft" else 0
+    if args.vision:  # tiny_vision is still learning to read
+        defaults |= {"lr": 1e-4, "warmup_lr": 1e-3, "warmup_steps": 20, "warmup_batch": 32}
+    args = _filled(args, defaults)
+    of_these = {"warmup_batch": args.prompts_per_step, "validation_prompts": args.prompts_per_step}
+    return _filled(args, of_these | {"warmup_lr": args.lr})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From episodes to rows of a batch
+def _filled(args: Args, defaults: dict) -> Args:
+    return replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses: one number a token. Their weights in the mean are given by the functions after them.
+
+
+class Tokens(NamedTuple):
+    """What a loss may use, [B, L] or, of a whole response, [B, 1]."""
+
+    logprobs: torch.Tensor  # log pi(token)
+    entropy: torch.Tensor  # of pi at the token, nats
+    values: torch.Tensor | None  # of the value head, before the token
+    old: torch.Tensor  # log-probability when it was sampled; 0 (certain) for demonstrations
+    advantages: torch.Tensor
+    returns: torch.Tensor  # the value head's targets
+    mask: torch.Tensor  # where there is a response token
+    weight: torch.Tensor  # [B, 1] of each token in the mean
+    demonstration: torch.Tensor  # [B, 1]
+    right: torch.Tensor  # [B, 1] whether the response won
+
+
+def ppo_loss(t: Tokens, args: Args) -> torch.Tensor:
+    """Clipped surrogate, Schulman et al. 2017, eq. (7)."""
+    ratio = (t.logprobs - t.old).exp()
+    clipped = ratio.clamp(1 - args.clip_ratio, 1 + args.clip_ratio)
+    return -torch.minimum(ratio * t.advantages, clipped * t.advantages)
+
+
+def reinforce_loss(t: Tokens, args: Args) -> torch.Tensor:
+    """The surrogate without clipping (LUFFY's and HPT's own samples)."""
+    return -(t.logprobs - t.old).exp() * t.advantages
+
+
+def luffy_loss(t: Tokens, args: Args) -> torch.Tensor:
+    """Own samples by their ratio, demonstrations by pi / (pi + gamma), differentiated through.
+
+    2504.14945, eq. (5).
+    """
+    p = t.logprobs.exp()
+    shaped = -p / (p + args.luffy_gamma) * t.advantages
+    return torch.where(t.demonstration, shaped, reinforce_loss(t, args))
+
+
+def srft_loss(t: Tokens, args: Args) -> torch.Tensor:
+    """2506.19767: 0.5 exp(-H) (-log pi) + clipped surrogate on demonstrations.
+
+    Own samples: 0.1 exp(H) (-log pi) if right, log pi if wrong. H: the response's mean entropy,
+    without gradient. The paper says that the weight of right samples rises with the entropy; a
+    public summary prints exp(-H) there. log pi of wrong samples has no lower bound: one step per
+    rollout.
+    """
+    H = (t.entropy.detach().sum(1) / t.mask.sum(1))[:, None]  # [B, 1]
+    on_demonstrations = 0.5 * torch.exp(-H) * -t.logprobs + ppo_loss(t, args)
+    on_own = torch.where(t.right, 0.1 * torch.exp(H) * -t.logprobs, t.logprobs)
+    return torch.where(t.demonstration, on_demonstrations, on_own)
+
+
+def sft_loss(t: Tokens, args: Args) -> torch.Tensor:
+    """-log pi, eq. (2)."""
+    return -t.logprobs
+
+
+def chord_sft_loss(t: Tokens, args: Args) -> torch.Tensor:
+    """-log pi; with --chord-phi each token is weighted by p (1 - p), a constant to the gradient.
+
+    CHORD-phi, 2508.11408.
+    """
+    if not args.chord_phi:
+        return sft_loss(t, args)
+    p = t.logprobs.detach().exp()
+    return -(p * (1 - p)) * t.logprobs
+
+
+def auxiliary_loss(t: Tokens, args: Args) -> torch.Tensor:
+    """Value loss and entropy bonus, which mu does not weigh."""
+    loss = -args.entropy_coefficient * t.entropy
+    if t.values is not None:
+        loss = loss + args.value_coefficient * value_loss(t)
+    return loss
+
+
+def value_loss(t: Tokens) -> torch.Tensor:
+    return 0.5 * (t.values - t.returns).square()
+
+
+def utility_loss(t: Tokens, args: Args) -> torch.Tensor:
+    """The loss whose gradient is -grad U (4), with leave-one-out advantages."""
+    return -t.logprobs * t.advantages
+
+
+# --------------------------------------------------------------------------------------------------
+# Advantages
+
+
+def group_advantages(
+    returns: Sequence[float], baseline: Literal["grpo", "mean", "leave_one_out"]
+) -> list[float]:
+    """Advantages of a prompt's responses from their returns R.
+
+    grpo: (R - mean) / (std + 1e-4), std with n - 1 (2402.03300); mean: R - mean (LUFFY, HPT);
+    leave_one_out: R - mean of the others, the unbiased baseline that grad U needs.
+    """
+    n = len(returns)
+    if n < 2:
+        return [0.0] * n
+    mean = sum(returns) / n
+    if baseline == "mean":
+        return [r - mean for r in returns]
+    if baseline == "leave_one_out":
+        return [(r - mean) * n / (n - 1) for r in returns]
+    std = math.sqrt(sum((r - mean) ** 2 for r in returns) / (n - 1))
+    return [(r - mean) / (std + 1e-4) for r in returns]
+
+
+def gae(values: Sequence[float], reward: float, lam: float) -> list[float]:
+    """Generalised advantage estimation over the tokens of a response (1506.02438, eq. 16).
+
+    gamma = 1, the reward comes after the last token.
+    """
+    advantages, advantage, following = [], 0.0, 0.0
+    for t in reversed(range(len(values))):
+        reward_here = reward if t == len(values) - 1 else 0.0
+        delta = reward_here + following - values[t]
+        advantage = delta + lam * advantage
+        following = values[t]
+        advantages.append(advantage)
+    return advantages[::-1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows of a batch, and the weight of a row's tokens in the mean
 
 
 @dataclass
@@ -386,513 +455,894 @@ class Row:
     right: bool = False
     returns: list[float] = field(default_factory=list)  # targets of the value head
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.turn.prompt) + len(self.turn.ids)
 
-def rl_rows(args: Args, groups: list[list[Episode]], demonstrations: list[Episode]) -> tuple[list[Row], list[Row]]:
-    """(rows of L_RL, rows of L_SFT) by the method, weights not yet set. luffy and srft put demonstrations into L_RL; hpt decides
-    prompt by prompt."""
-    rl, sft = [], []
+
+class Counts(NamedTuple):
+    """Of a step's rows, over all ranks."""
+
+    own: int  # samples in L_RL
+    own_tokens: int
+    shown: int  # demonstrations in L_RL
+    shown_tokens: int
+    sft_tokens: int
+
+
+def token_mean(row: Row, n: Counts, args: Args) -> float:
+    """DAPO's mean over all tokens, or with --loss-aggregation sequence of each response first."""
+    if args.loss_aggregation == "sequence":
+        return 1 / (n.own * len(row.turn.ids))
+    return 1 / n.own_tokens
+
+
+def luffy_mean(row: Row, n: Counts, args: Args) -> float:
+    """(1 / responses) sum / longest."""
+    return 1 / ((n.own + n.shown) * args.max_new_tokens)
+
+
+def srft_mean(row: Row, n: Counts, args: Args) -> float:
+    """Token means, one denominator for right and wrong samples."""
+    return 1 / (n.shown_tokens if row.demonstration else n.own_tokens)
+
+
+def hpt_mean(row: Row, n: Counts, args: Args) -> float:
+    """Over all prompts, those trained on their demonstration included."""
+    return 1 / (args.prompts_per_step * args.samples * args.max_new_tokens)
+
+
+def sft_mean(row: Row, n: Counts, args: Args) -> float:
+    """Over the tokens of all demonstrations."""
+    return 1 / n.sft_tokens
+
+
+def hpt_sft_mean(row: Row, n: Counts, args: Args) -> float:
+    """Each demonstration by its own length, over all prompts."""
+    return args.hpt_sft / (args.prompts_per_step * len(row.turn.ids))
+
+
+# --------------------------------------------------------------------------------------------------
+# mu, the weight of imitation, after the warm-up: (args, step from 0, controller) -> mu
+
+
+def zero(args: Args, step: int, controller) -> float:
+    return 0.0
+
+
+def one(args: Args, step: int, controller) -> float:
+    return 1.0
+
+
+def initial_mu(args: Args, step: int, controller) -> float:
+    return args.mu_init
+
+
+def one_then_zero(args: Args, step: int, controller) -> float:
+    return float(step < round(args.sft_share * args.steps))
+
+
+def cosine_mu(args: Args, step: int, controller) -> float:
+    """CHORD's: a linear rise, then a cosine; constant with --chord-phi."""
+    if args.chord_phi:
+        return 0.1
+    if step < args.chord_warmup:
+        return args.chord_start * (step + 1) / args.chord_warmup
+    done = min(1.0, (step - args.chord_warmup) / args.chord_steps)
+    height = 0.5 * (1 + math.cos(math.pi * done))
+    return args.chord_end + (args.chord_start - args.chord_end) * height
+
+
+def learned_mu(args: Args, step: int, controller) -> float:
+    return controller.mu
+
+
+# --------------------------------------------------------------------------------------------------
+# The methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """All in which the methods differ. A new one is a loss, if it needs its own, and a row."""
+
+    mu: Callable
+    rl_loss: Callable = ppo_loss
+    sft_loss: Callable = sft_loss
+    advantage: str = "grpo"  # the baseline of group_advantages
+    demonstrations: Literal["apart", "for a sample", "with the samples", "of unsolved"] = "apart"
+    """apart: rows of L_SFT; for a sample, with the samples: rows of L_RL, in place of one of the
+    samples or beside them; of unsolved: rows of L_SFT, with weight 1, in place of the samples of
+    prompts that are not solved."""
+    rl_mean: Callable = token_mean
+    sft_mean: Callable = sft_mean
+    learns_without_advantage: bool = False  # rows with advantage 0 still have a gradient
+
+    def weight_of_sft(self, mu: float) -> float:
+        return 1.0 if self.demonstrations == "of unsolved" else mu
+
+
+METHODS = {
+    "amft": Method(learned_mu),  # 2508.06944
+    "sft": Method(one),
+    "rl": Method(zero),  # GRPO, 2402.03300; PPO, 1707.06347, with --advantage gae
+    "sft_then_rl": Method(one_then_zero),
+    "fixed": Method(initial_mu),
+    "chord": Method(cosine_mu, sft_loss=chord_sft_loss),  # 2508.11408
+    "luffy": Method(zero, luffy_loss, advantage="mean", demonstrations="for a sample",
+                    rl_mean=luffy_mean),  # 2504.14945
+    "srft": Method(zero, srft_loss, demonstrations="with the samples", rl_mean=srft_mean,
+                   learns_without_advantage=True),  # 2506.19767
+    "hpt": Method(zero, reinforce_loss, advantage="mean", demonstrations="of unsolved",
+                  rl_mean=hpt_mean, sft_mean=hpt_sft_mean),  # 2509.04419
+}  # fmt: skip
+
+
+def rows_of(
+    args: Args, groups: list[list[Trajectory]], demonstrations: list[Trajectory]
+) -> tuple[list[Row], list[Row]]:
+    """(rows of L_SFT, rows of L_RL) of a step's prompts, weights not yet set.
+
+    groups: of each prompt its sampled trajectories; empty where nothing was sampled.
+    """
+    method, sft, rl = METHODS[args.method], [], []
+    if not groups:
+        return [demonstration_row(t) for d in demonstrations for t in d.turns], []
     for group, demonstration in zip(groups, demonstrations, strict=True):
-        in_group = args.method in ("luffy", "srft")
-        if args.method == "hpt" and sum(e.won for e in group) <= args.hpt_gate:
-            sft += [demonstration_row(t) for t in demonstration.turns]
+        unsolved = sum(trajectory.won for trajectory in group) <= args.hpt_gate
+        if method.demonstrations == "apart" or (
+            method.demonstrations == "of unsolved" and unsolved
+        ):
+            sft += [demonstration_row(turn) for turn in demonstration.turns]
+        if method.demonstrations == "of unsolved" and unsolved:
             continue
-        members = [(e, False) for e in group] + [(demonstration, True)] * in_group
-        turns = [(t, r, shown, e.won) for e, shown in members for t, r in zip(e.turns, e.returns(args.turn_gamma), strict=True)]
-        baseline = "mean" if args.method in ("luffy", "hpt") else "grpo"
-        for (t, r, shown, won), a in zip(turns, group_advantages([r for _, r, _, _ in turns], baseline), strict=True):
-            rl.append(Row(t, [a] * len(t.ids), demonstration=shown, right=won, returns=[r] * len(t.ids)))
-        if not in_group and args.method != "hpt":
-            sft += [demonstration_row(t) for t in demonstration.turns]
-    return rl, sft
+        rows = [row for trajectory in group for row in rows_of_trajectory(trajectory, args)]
+        if method.demonstrations in ("for a sample", "with the samples"):
+            shown = rows_of_trajectory(demonstration, args)
+            rows += [replace(row, demonstration=True) for row in shown]
+        advantages = group_advantages([row.returns[-1] for row in rows], method.advantage)
+        for row, a in zip(rows, advantages, strict=True):
+            row.advantages = [a] * len(row.turn.ids)
+        rl += rows
+    return sft, rl
+
+
+def rows_of_trajectory(trajectory: Trajectory, args: Args) -> list[Row]:
+    """A row a turn, with its return for every token; advantages not yet set."""
+    rows = []
+    for turn, r in zip(trajectory.turns, trajectory.returns(args.turn_gamma), strict=True):
+        rows.append(Row(turn, [], right=trajectory.won, returns=[r] * len(turn.ids)))
+    return rows
 
 
 def demonstration_row(turn: Turn) -> Row:
     return Row(turn, [0.0] * len(turn.ids), demonstration=True)
 
 
-def set_weights(args: Args, world: World, rl: list[Row], sft: list[Row]) -> None:
-    """Each token's share of the loss, by the method's normalisation, over all ranks. Truncated rows weigh nothing with --mask-truncated."""
-    kept = [r for r in rl if r.turn.finished or not args.mask_truncated]
-    size = lambda rows: sum(len(r.turn.ids) for r in rows)  # noqa: E731
-    own, shown = [r for r in kept if not r.demonstration], [r for r in kept if r.demonstration]
-    own_n, own_tokens, shown_n, shown_tokens, sft_n, sft_tokens = total(world, len(own), size(own), len(shown), size(shown), len(sft), size(sft))
-    for r in kept:
-        if args.method == "luffy":  # (1 / sequences) sum / L_max
-            r.weight = 1 / ((own_n + shown_n) * args.max_new_tokens)
-        elif args.method == "hpt":  # the mean over all prompts of either part
-            r.weight = 1 / (args.prompts_per_step * args.samples * args.max_new_tokens)
-        elif args.method == "srft":  # token means, one denominator for right and wrong samples
-            r.weight = 1 / (shown_tokens if r.demonstration else own_tokens)
-        elif args.loss_aggregation == "sequence":
-            r.weight = 1 / (own_n * len(r.turn.ids))
-        else:
-            r.weight = 1 / own_tokens
-    for r in sft:
-        r.weight = args.hpt_sft / (args.prompts_per_step * len(r.turn.ids)) if args.method == "hpt" else 1 / sft_tokens
+def set_weights(args: Args, world: World, sft: list[Row], rl: list[Row]) -> None:
+    """Each row's weight in the mean, over all ranks. Collective.
+
+    Truncated rows of L_RL weigh nothing with --mask-truncated.
+    """
+    method = METHODS[args.method]
+    kept = [row for row in rl if row.turn.finished or not args.mask_truncated]
+    own = [row for row in kept if not row.demonstration]
+    shown = [row for row in kept if row.demonstration]
+    n = Counts(*world.sum(len(own), tokens_of(own), len(shown), tokens_of(shown), tokens_of(sft)))
+    for row in kept:
+        row.weight = method.rl_mean(row, n, args)
+    for row in sft:
+        row.weight = method.sft_mean(row, n, args)
 
 
-def batches(rows: list[Row], pad_id: int, micro_batch: int, world: World, count: int) -> list[dict]:
-    """`count` micro-batches sorted by length, padded to multiples of 32 tokens; missing ones are filled with rows of weight 0, as all ranks
-    of a shard group must call the model equally often."""
-    rows = sorted(rows, key=lambda r: len(r.turn.prompt) + len(r.turn.ids))
-    out = []
-    for k in range(count):
-        part = rows[k * micro_batch : (k + 1) * micro_batch] or [replace(rows[0], weight=0.0) if rows else Row(Turn([pad_id], [pad_id], [0.0], True, "", 0.0), [0.0])]
-        length = -(-max(len(r.turn.prompt) + len(r.turn.ids) for r in part) // 32) * 32
-        ids = torch.full((len(part), length), pad_id)
-        mask = torch.zeros(len(part), length - 1, dtype=torch.bool)
-        old, advantages, returns = (torch.zeros(len(part), length - 1) for _ in range(3))
-        for i, r in enumerate(part):
-            start, end = len(r.turn.prompt), len(r.turn.prompt) + len(r.turn.ids)
-            ids[i, :end] = torch.tensor(r.turn.prompt + r.turn.ids)
-            at = slice(start - 1, end - 1)  # the token at position t is predicted at t - 1
-            mask[i, at], old[i, at], advantages[i, at] = True, torch.tensor(r.turn.old_logprobs), torch.tensor(r.advantages)
-            if r.returns:
-                returns[i, at] = torch.tensor(r.returns)
-        flags = {k: torch.tensor([[getattr(r, k)] for r in part]) for k in ("weight", "demonstration", "right")}
-        batch = {"ids": ids, "mask": mask, "old": old, "advantages": advantages, "returns": returns} | flags
-        inputs = models.stack_inputs([(r.turn.inputs, len(r.turn.prompt)) for r in part], length, left=False)  # of the pictures
-        out.append({k: v.to(world.device) for k, v in batch.items()} | {"inputs": {k: v.to(world.device) for k, v in inputs.items()}})
-    return out
+def tokens_of(rows: list[Row]) -> int:
+    return sum(len(row.turn.ids) for row in rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One step
+def collate_rows(rows: list[Row], pad_id: int, device: torch.device) -> dict:
+    """A batch, padded on the right to a multiple of 32 tokens.
+
+    ids [B, T]; mask, old, advantages, returns [B, T-1]: the token at position t is predicted at
+    t - 1; weight, demonstration, right [B, 1]; inputs: what comes of pictures.
+    """
+    length = -(-max(row.length for row in rows) // 32) * 32
+    shape = len(rows), length - 1
+    batch = {"ids": torch.full((len(rows), length), pad_id)}
+    batch["mask"] = torch.zeros(shape, dtype=torch.bool)
+    for name in ("old", "advantages", "returns"):
+        batch[name] = torch.zeros(shape)
+    for i, row in enumerate(rows):
+        batch["ids"][i, : row.length] = torch.tensor(row.turn.prompt + row.turn.ids)
+        at = slice(len(row.turn.prompt) - 1, row.length - 1)
+        batch["mask"][i, at] = True
+        batch["old"][i, at] = torch.tensor(row.turn.old_logprobs)
+        batch["advantages"][i, at] = torch.tensor(row.advantages)
+        if row.returns:
+            batch["returns"][i, at] = torch.tensor(row.returns)
+    for name in ("weight", "demonstration", "right"):
+        batch[name] = torch.tensor([[getattr(row, name)] for row in rows])
+    pictures = [(row.turn.inputs, len(row.turn.prompt)) for row in rows]
+    inputs = stack_inputs(pictures, length, left=False)
+    batch = {name: x.to(device) for name, x in batch.items()}
+    return batch | {"inputs": {name: x.to(device) for name, x in inputs.items()}}
 
 
-class Learner:
-    """Policy, optimizer and their machine: backward passes and the steps that follow them."""
+# --------------------------------------------------------------------------------------------------
+# The derivative of a step
+
+
+@torch.no_grad()
+def step_derivative(
+    optimizer, params, G, D, norm: float, product: float, clip: float, preconditioner: str
+) -> None:
+    """D <- d theta / d mu of the step that was just taken (in place, shard by shard).
+
+    G = (1 - mu) g_RL + mu g_SFT + g_aux before clipping, D = g_SFT - g_RL: lists of this rank's
+    shards; norm = |G|, product = <G, D>. "none": -alpha D, eq. (5). "adam": of clipped AdamW,
+        dg = c (D - G <G, D> / |G|^2) if clipped else D
+        dm = (1 - b1) dg / (1 - b1^t),   dv = (1 - b2) 2 g dg / (1 - b2^t)
+        d theta / d mu = -alpha [ dm / (sqrt v + eps) - m dv / (2 sqrt v (sqrt v + eps)^2) ]
+    with bias-corrected m, v; the second term is 0 where v = 0.
+    """
+    c = min(1.0, clip / norm) if norm > 0 else 1.0
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for p, g, d in zip(params, G, D, strict=True):
+        group = groups[id(p)]
+        if preconditioner == "none":
+            d.mul_(-group["lr"])
+            continue
+        (b1, b2), eps, state = group["betas"], group["eps"], optimizer.state[p]
+        t = float(state["step"])
+        dg = c * (d - g * (product / norm**2)) if c < 1 else d
+        m = local(state["exp_avg"]) / (1 - b1**t)
+        v = local(state["exp_avg_sq"]) / (1 - b2**t)
+        dm = (1 - b1) / (1 - b1**t) * dg
+        dv = (1 - b2) / (1 - b2**t) * 2 * c * g * dg
+        root = v.sqrt()
+        second = torch.where(v > 0, m * dv / (2 * root * (root + eps) ** 2), torch.zeros_like(v))
+        d.copy_((dm / (root + eps) - second) * -group["lr"])
+
+
+def depends_on_mu(
+    norm: float, product: float, square: float, clip: float, preconditioner: str
+) -> bool:
+    """Whether mu changes the step at all; norm = |G|, product = <G, D>, square = |D|^2.
+
+    It does not where G was clipped and D is parallel to it, as where all samples of each prompt are
+    equally good: G = mu g_SFT has the same direction for every mu. What is left of d theta / d mu
+    is then rounding, which no RMS must see.
+    """
+    if square == 0:
+        return False
+    if norm <= clip or preconditioner == "none":
+        return True
+    aside = square * norm**2 - product**2  # |D|^2 |G|^2 sin^2 of the angle between them
+    return aside > 1e-10 * square * norm**2
+
+
+# --------------------------------------------------------------------------------------------------
+# The controller of mu
+
+
+class Controller:
+    """mu and what its update remembers: eq. (6), or its normalised form.
+
+    learns: whether the method's mu is learned. state is saved with every checkpoint.
+    """
+
+    FIRST_STEPS = 10  # optimizer steps before the first meta-gradient: Adam's moments are cold
+
+    def __init__(self, args: Args, learns: bool = True):
+        self.args, self.learns = args, learns
+        self.state = {
+            "mu": args.mu_init,
+            "squares": [],  # of the meta-gradients so far
+            "entropy_target": None,  # H*: of the policy after the warm-up
+            "optimizer_steps": 0,
+        }
+        printed = args.mu_update == "printed"
+        self.eta_mu, self.eta_entropy = args.eta_mu, args.eta_entropy
+        if self.eta_mu is None:
+            self.eta_mu = 1e-4 if printed else 0.05
+        if self.eta_entropy is None:
+            self.eta_entropy = 5e-4 if printed else 0.05
+
+    @property
+    def mu(self) -> float:
+        return self.state["mu"]
+
+    @property
+    def has_target(self) -> bool:
+        """Whether mu is learned and the warm-up is over."""
+        return self.learns and self.state["entropy_target"] is not None
+
+    def wants_target(self, step: int) -> bool:
+        """Whether H* is to be measured before this step (from 0)."""
+        first = step == self.args.warmup_steps
+        return self.learns and first and self.state["entropy_target"] is None
+
+    def gradient_due(self, step: int) -> bool:
+        """Whether this step (from 0) is to be differentiated by mu."""
+        args = self.args
+        if not self.learns or args.no_meta_gradient or step < args.warmup_steps:
+            return False
+        return (step + 1) % args.mu_every == 0 and self.state["optimizer_steps"] >= self.FIRST_STEPS
+
+    def update(self, step: int, grad_mu: float | None, entropy: float) -> dict[str, float]:
+        """mu after optimizer step number `step` (from 1); returns what moved it.
+
+        grad_mu: of U, or None where it was not taken. entropy: H(pi) of this step's samples.
+        """
+        args, by_gradient, by_entropy = self.args, 0.0, 0.0
+        # Exactly 0: the validation samples of every prompt are equally good, which says nothing and
+        # must not count in the RMS
+        if grad_mu:
+            by_gradient = self._gradient_step(grad_mu)
+            self.state["squares"].append(grad_mu**2)
+        every_step = args.mu_update == "printed"
+        if not args.no_entropy_term and (every_step or step % args.mu_every == 0):
+            sign = 1 if args.entropy_sign == "printed" else -1
+            by_entropy = self.eta_entropy * (self.state["entropy_target"] - entropy) * sign
+        mu = self.mu + (by_gradient + by_entropy)
+        self.state["mu"] = min(args.mu_max, max(args.mu_min, mu))
+        return {"mu_change/meta_gradient": by_gradient, "mu_change/entropy": by_entropy}
+
+    def _gradient_step(self, grad_mu: float) -> float:
+        squares = self.state["squares"]
+        if self.args.mu_update == "printed":
+            return self.eta_mu * grad_mu
+        if len(squares) < 2:  # the first two only fill the running RMS
+            return 0.0
+        rms = math.sqrt(sum(squares) / len(squares))
+        return self.eta_mu * max(-3.0, min(3.0, grad_mu / max(rms, 1e-30)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Backward passes and the step that follows them
+
+
+class Pass(NamedTuple):
+    """A backward pass: where the gradient of a sum of losses on some rows goes."""
+
+    rows: list[Row]
+    losses: dict[str, tuple[Callable, float]]  # by name: the loss of a token, and its factor
+    targets: list[tuple[list[torch.Tensor], float]]  # (buffer, factor): buffer += factor x gradient
+
+
+def passes_of(args: Args, mu: float, sft: list[Row], rl: list[Row], G, D) -> list[Pass]:
+    """The backward passes of a step: G = (1 - mu) g_RL + mu g_SFT + g_aux (3), D = g_SFT - g_RL.
+
+    D None: mu is not updated after this step.
+    """
+    method = METHODS[args.method]
+    mu_sft = method.weight_of_sft(mu)
+    auxiliary = args.advantage == "gae" or args.entropy_coefficient > 0
+    if D is not None:
+        passes = [
+            Pass(sft, {"sft": (method.sft_loss, 1.0)}, [(D, 1.0), (G, mu_sft)]),
+            Pass(rl, {"rl": (method.rl_loss, 1.0)}, [(D, -1.0), (G, 1 - mu)]),
+        ]
+        if auxiliary:
+            passes.append(Pass(rl, {"auxiliary": (auxiliary_loss, 1.0)}, [(G, 1.0)]))
+        return passes
+    rl_losses = {"rl": (method.rl_loss, 1 - mu)}
+    if auxiliary:  # on the same rows: one pass for both
+        rl_losses["auxiliary"] = (auxiliary_loss, 1.0)
+    return [
+        Pass(sft, {"sft": (method.sft_loss, mu_sft)}, [(G, 1.0)]),
+        Pass(rl, rl_losses, [(G, 1.0)]),
+    ]
+
+
+class Update(NamedTuple):
+    """What a step did."""
+
+    G: list[torch.Tensor]  # (3), before clipping; of the last minibatch
+    D: list[torch.Tensor] | None  # d G / d mu = g_SFT - g_RL
+    norm: float  # |G|
+    steps: int  # optimizer steps taken
+    finite: bool  # False: G was not, and the step was left out
+    sums: dict[str, float]  # of losses and what was measured, over all ranks
+
+
+class PolicyLearner:
+    """Policy, optimizer and their machine: gradients, and the steps that they lead to."""
 
     def __init__(self, args: Args, policy: Policy, optimizer, world: World, pad_id: int):
-        self.args, self.policy, self.optimizer, self.world, self.pad_id = args, policy, optimizer, world, pad_id
-        self.params = [p for p in policy.parameters() if p.requires_grad]
+        self.args, self.policy, self.optimizer = args, policy, optimizer
+        self.world, self.pad_id, self.method = world, pad_id, METHODS[args.method]
+        self.params = trained_parameters(policy)
+        self.shards = [local(p) for p in self.params]
 
     def batches(self, rows: list[Row]) -> list[dict]:
-        """This rank's micro-batches, as many as the rank with most rows needs."""
-        count = torch.tensor(-(-len(rows) // self.args.micro_batch), device=self.world.device)
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-        return batches(rows, self.pad_id, self.args.micro_batch, self.world, int(count))
+        """This rank's micro-batches, sorted by length, as many as the rank with most rows needs.
 
-    def backward(self, rows: list[Row], part: Literal["rl", "sft", "aux", "rl+aux", "utility"], scale: float = 1.0) -> dict[str, float]:
-        """Adds scale x grad of a part of the loss to p.grad. Returns sums over this rank's tokens (weighted: the losses).
-
-        "rl" and "sft": eq. (1) or the method's own form, and eq. (2). "aux": value loss and entropy bonus, which mu does not weigh.
-        "utility": the loss whose gradient is -grad U.
+        All ranks of a shard group must call the model equally often: missing ones are filled with a
+        row of weight 0.
         """
-        args, sums = self.args, dict.fromkeys(("rl", "sft", "value", "entropy", "tokens", "clipped", "kl"), 0.0)
-        silent = [part == "rl" and (r.weight == 0 or (args.method != "srft" and not any(r.advantages))) for r in rows]
-        parts = [(b, learns) for learns in (True, False) for b in self.batches([r for r, s in zip(rows, silent, strict=True) if s != learns])]
-        for b, learns in parts:  # rows without a gradient (all samples of their prompt are equally good) are only measured
-            with torch.set_grad_enabled(learns):
-                logprobs, entropy, values = self.policy(b["ids"], b["mask"], args.entropy_coefficient > 0 and "aux" in part, **b["inputs"])
-            weight, old, advantages = b["weight"] * b["mask"], b["old"], b["advantages"]
-            loss = logprobs.sum() * 0.0
-            if part.startswith("rl"):
-                if args.method == "luffy":
-                    tokens = luffy_loss(logprobs, old, advantages, b["demonstration"], args.luffy_gamma)
-                elif args.method == "srft":
-                    H = (entropy.detach().sum(1) / b["mask"].sum(1))[:, None]
-                    tokens = srft_loss(logprobs, old, advantages, b["demonstration"], b["right"], H, args.clip_ratio)
-                elif args.method == "hpt":
-                    tokens = reinforce_loss(logprobs, old, advantages)
-                else:
-                    tokens = ppo_loss(logprobs, old, advantages, args.clip_ratio)
-                rl = (tokens * weight).sum()
-                loss, sums["rl"] = loss + scale * rl, sums["rl"] + rl.item()
-            if part == "sft":
-                sft = (sft_loss(logprobs, args.chord_phi and args.method == "chord") * weight).sum()
-                loss, sums["sft"] = loss + scale * sft, sums["sft"] + sft.item()
-            if "aux" in part:
-                if args.entropy_coefficient:
-                    loss = loss - args.entropy_coefficient * (entropy * weight).sum()
-                if values is not None:
-                    value = 0.5 * ((values - b["returns"]).square() * weight).sum()
-                    loss, sums["value"] = loss + args.value_coefficient * value, sums["value"] + value.item()
-            if part == "utility":
-                loss = -(logprobs * advantages * weight).sum()
-            if learns:
-                (loss * self.world.shards).backward()  # FSDP averages over the shard group
-            with torch.no_grad():
-                own = b["mask"] & ~b["demonstration"] & (b["weight"] > 0)
-                ratio = (logprobs - old)[own]
-                sums["tokens"] += own.sum().item()
-                sums["entropy"] += entropy[own].sum().item()
-                sums["clipped"] += ((ratio.exp() - 1).abs() > args.clip_ratio).sum().item()
-                sums["kl"] += (ratio.exp() - 1 - ratio).sum().item()  # Schulman's k3 estimate of KL(old | new)
+        rows, size = sorted(rows, key=lambda row: row.length), self.args.micro_batch
+        count = torch.tensor(-(-len(rows) // size), device=self.world.device)
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        filler = Row(Turn([self.pad_id], [self.pad_id], [0.0], True, "", 0.0), [0.0])
+        if rows:
+            filler = replace(rows[0], weight=0.0)
+        return [
+            collate_rows(
+                rows[k * size : (k + 1) * size] or [filler], self.pad_id, self.world.device
+            )
+            for k in range(int(count))
+        ]
+
+    def forward(self, batch: dict, entropy_gradient: bool = False) -> Tokens:
+        outputs = self.policy(batch["ids"], batch["mask"], entropy_gradient, **batch["inputs"])
+        rest = {name: batch[name] for name in Tokens._fields if name in batch}
+        return Tokens(*outputs, **rest)
+
+    def backward(self, work: Pass) -> dict[str, float]:
+        """One pass; returns sums over this rank's rows: the weighted losses and, of samples, more.
+
+        The tokens' weights make a sum a mean over all ranks; FSDP2 averages over the shard group,
+        hence x shards.
+        """
+        sums = dict.fromkeys(("rl", "sft", "value", "entropy", "tokens", "clipped", "kl"), 0.0)
+        learning, silent = self.split_silent(work)
+        use = partial(add_to_targets, work.targets)
+        entropy_gradient = self.args.entropy_coefficient > 0 and "auxiliary" in work.losses
+        for rows, learns in ((learning, True), (silent, False)):
+            for batch in self.batches(rows):
+                with torch.set_grad_enabled(learns):
+                    t = self.forward(batch, entropy_gradient)
+                    loss = 0.0
+                    for name, (loss_of, factor) in work.losses.items():
+                        mean = (loss_of(t, self.args) * (t.weight * t.mask)).sum()
+                        loss = loss + factor * mean
+                        sums[name] = sums.get(name, 0.0) + mean.item()
+                if learns:
+                    with each_gradient(self.params, use):
+                        (loss * self.world.shards).backward()
+                self.measure(t, work, sums)
         return sums
 
+    def split_silent(self, work: Pass) -> tuple[list[Row], list[Row]]:
+        """(rows with a gradient, rows without one, which are only measured).
+
+        The latter are those of L_RL whose prompt's samples are all equally good.
+        """
+        if set(work.losses) != {"rl"}:
+            return work.rows, []
+        learning, silent = [], []
+        for row in work.rows:
+            learns = any(row.advantages) or self.method.learns_without_advantage
+            (learning if learns and row.weight > 0 else silent).append(row)
+        return learning, silent
+
     @torch.no_grad()
-    def entropy(self, rows: list[Row]) -> float:
-        """Mean token entropy of the policy over its own responses, over all ranks."""
+    def measure(self, t: Tokens, work: Pass, sums: dict[str, float]) -> None:
+        """Adds what the log shows of the samples: entropy, ratios, value loss."""
+        if "auxiliary" in work.losses and t.values is not None:
+            sums["value"] += (value_loss(t) * (t.weight * t.mask)).sum().item()
+        if "rl" not in work.losses:
+            return
+        own = t.mask & ~t.demonstration & (t.weight > 0)
+        log_ratio = (t.logprobs - t.old)[own]
+        ratio = log_ratio.exp()
+        sums["tokens"] += own.sum().item()
+        sums["entropy"] += t.entropy[own].sum().item()
+        sums["clipped"] += ((ratio - 1).abs() > self.args.clip_ratio).sum().item()
+        sums["kl"] += (
+            (ratio - 1 - log_ratio).sum().item()
+        )  # Schulman's k3 estimate of KL(old | new)
+
+    @torch.no_grad()
+    def entropy(self, groups: list[list[Trajectory]]) -> float:
+        """Mean token entropy of the policy over its own responses, nats. Collective."""
+        turns = [turn for group in groups for trajectory in group for turn in trajectory.turns]
         sums = [0.0, 0.0]
-        for b in self.batches(rows):
-            _, entropy, _ = self.policy(b["ids"], b["mask"], **b["inputs"])
-            real = b["mask"] & (b["weight"] > 0)
-            sums = [sums[0] + entropy[real].sum().item(), sums[1] + real.sum().item()]
-        entropy, count = total(self.world, *sums)
+        for batch in self.batches([Row(turn, [0.0] * len(turn.ids), 1.0) for turn in turns]):
+            t = self.forward(batch)
+            real = t.mask & (t.weight > 0)
+            sums = [sums[0] + t.entropy[real].sum().item(), sums[1] + real.sum().item()]
+        entropy, count = self.world.sum(*sums)
         return entropy / max(count, 1)
 
     @torch.no_grad()
     def estimate_advantages(self, rows: list[Row]) -> None:
-        """GAE with the value head at theta_old; advantages whitened over all tokens of the batch."""
-        rows = sorted(rows, key=lambda r: len(r.turn.prompt) + len(r.turn.ids))
-        flat, size = [], self.args.micro_batch
-        for k, b in enumerate(self.batches(rows)):
-            _, _, values = self.policy(b["ids"], b["mask"], **b["inputs"])
-            for r, v, m in zip(rows[k * size : (k + 1) * size], values, b["mask"], strict=False):
-                v = v[m].tolist()
-                r.advantages = gae(v, r.returns[-1], self.args.gae_lambda)
-                r.returns = [a + x for a, x in zip(r.advantages, v, strict=True)]
-                flat += r.advantages
-        n, s, squares = total(self.world, len(flat), sum(flat), sum(a * a for a in flat))
-        mean, std = s / n, math.sqrt(max(0.0, squares / n - (s / n) ** 2))
-        for r in rows:
-            r.advantages = [(a - mean) / (std + 1e-8) for a in r.advantages]
+        """GAE with the value head at theta_old; advantages whitened over the batch. Collective."""
+        size, advantages = self.args.micro_batch, []
+        rows = sorted(rows, key=lambda row: row.length)
+        for k, batch in enumerate(self.batches(rows)):
+            t = self.forward(batch)
+            of_batch = rows[k * size : (k + 1) * size]
+            for row, values, mask in zip(of_batch, t.values, t.mask, strict=False):  # no fillers
+                values = values[mask].tolist()
+                row.advantages = gae(values, row.returns[-1], self.args.gae_lambda)
+                row.returns = [a + v for a, v in zip(row.advantages, values, strict=True)]
+                advantages += row.advantages
+        squares = sum(a * a for a in advantages)
+        n, total, squares = self.world.sum(len(advantages), sum(advantages), squares)
+        mean = total / n
+        std = math.sqrt(max(0.0, squares / n - mean**2))
+        for row in rows:
+            row.advantages = [(a - mean) / (std + 1e-8) for a in row.advantages]
 
-    def flat(self) -> list[torch.Tensor]:
-        """A gradient-sized buffer, as views."""
-        shards = [local(p) for p in self.params]
-        buffer = torch.zeros(sum(s.numel() for s in shards), dtype=shards[0].dtype, device=shards[0].device)
-        return [v.view(s.shape) for v, s in zip(buffer.split([s.numel() for s in shards]), shards, strict=True)]
-
-    def move_gradient(self, *targets: tuple[list[torch.Tensor], float]) -> None:
-        """For each (buffer, factor): buffer += factor x p.grad. Then p.grad is dropped."""
-        for i, p in enumerate(self.params):
-            if p.grad is not None:
-                for buffer, factor in targets:
-                    buffer[i].add_(local(p.grad), alpha=factor)
-                p.grad = None
-
-    def reduce(self, buffer: list[torch.Tensor]) -> None:
-        """Sum over the replicas."""
-        if self.world.replicas > 1:
-            dist.all_reduce(buffer[0]._base, group=self.world.mesh.get_group("replica"))
+    def zeros(self) -> list[torch.Tensor]:
+        """A gradient-sized buffer."""
+        return flat_like(self.shards)
 
     def dot(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-        """Inner product over all shards, in float64."""
-        x = sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True))
+        """Inner product over all shards, in float64. Collective."""
+        product = sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True))
         if self.world.shards > 1:
-            dist.all_reduce(x, group=self.world.mesh.get_group("shard"))
-        return x.item()
+            dist.all_reduce(product, group=self.world.mesh.get_group("shard"))
+        return product.item()
 
-    def take_step(self, gradient: list[torch.Tensor], lr: float) -> tuple[float, bool]:
-        """Clip and AdamW with the gradient G, which is left unclipped. Returns (|G|, whether the step was finite and taken)."""
-        square = self.dot(gradient, gradient)
+    def take_step(self, G: list[torch.Tensor], schedule: float) -> tuple[float, bool]:
+        """theta <- clipped AdamW(theta, G), G left unclipped. Returns |G| and whether it was done.
+
+        A G that is not finite is left out. schedule: fraction of the peak learning rate.
+        """
+        square = self.dot(G, G)
         if not math.isfinite(square):
             return math.inf, False
         norm = math.sqrt(square)
         c = min(1.0, self.args.clip / norm) if norm > 0 else 1.0
-        for p, g in zip(self.params, gradient, strict=True):
-            g = g * c if c < 1 else g
-            p.grad = DTensor.from_local(g, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()) if isinstance(p, DTensor) else g
+        set_gradients(self.params, [g * c for g in G] if c < 1 else G)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * lr
+            group["lr"] = group["peak"] * schedule
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm, True
 
-    def utility_gradient(self, groups: list[list[Episode]], derivative: list[torch.Tensor]) -> tuple[float, float]:
-        """(grad_mu U, its signal-to-noise ratio from two half-batches): < grad U, d theta / d mu >, eq. (5). Log-probabilities are
-        summed over an episode's turns and weighted by its return against the others of its group."""
+    def update(self, mu: float, sft: list[Row], rl: list[Row], schedule: float, with_D: bool):
+        """The optimizer steps of a step's rows: one, or one for each epoch and minibatch.
+
+        with_D: keep d G / d mu, for step_derivative. Collective.
+        """
+        args, world, sums = self.args, self.world, {}
+        for k in range(args.epochs * args.minibatches):
+            minibatch = slice(k % args.minibatches, None, args.minibatches)
+            sft_batch, rl_batch = sft[minibatch], rl[minibatch]
+            set_weights(args, world, sft_batch, rl_batch)
+            G, D = self.zeros(), self.zeros() if with_D else None
+            for work in passes_of(args, mu, sft_batch, rl_batch, G, D):
+                for name, value in self.backward(work).items():
+                    sums[name] = sums.get(name, 0.0) + value
+            world.sum_over_replicas(G)
+            if with_D:
+                world.sum_over_replicas(D)
+            norm, taken = self.take_step(G, schedule)
+            if not taken:
+                break
+        names = sorted(sums)
+        sums = dict(zip(names, world.sum(*(sums[name] for name in names)), strict=True))
+        return Update(G, D, norm, k + 1 if taken else k, taken, sums)
+
+    def derivative_by_mu(self, update) -> list[torch.Tensor] | None:
+        """d theta / d mu of the last step, in D's memory; None where mu does not change it."""
+        G, D, norm = update.G, update.D, update.norm
+        product, square = self.dot(G, D), self.dot(D, D)
+        clip, preconditioner = self.args.clip, self.args.meta_preconditioner
+        if not depends_on_mu(norm, product, square, clip, preconditioner):
+            return None
+        step_derivative(self.optimizer, self.params, G, D, norm, product, clip, preconditioner)
+        return D
+
+    def meta_gradient(self, groups: list[list[Trajectory]], derivative) -> tuple[float, float]:
+        """grad_mu U = < grad U, d theta / d mu > (5), and its signal-to-noise ratio. Collective.
+
+        groups: of validation prompts, at the new theta. grad U is a policy gradient: the
+        log-probability of a trajectory's turns, times its return against the others of its group.
+        The noise is estimated from two half-batches.
+        """
         halves = []
-        for half in (0, 1):
+        for half in (groups[0::2], groups[1::2]):
+            (count,) = self.world.sum(sum(len(group) for group in half))
             rows = []
-            for group in groups[half::2]:
-                for episode, a in zip(group, group_advantages([e.returns()[0] for e in group], "leave_one_out"), strict=True):
-                    rows += [Row(t, [a] * len(t.ids)) for t in episode.turns if a]
-            (episodes,) = total(self.world, sum(len(g) for g in groups[half::2]))
-            for r in rows:
-                r.weight = 1 / episodes
-            self.backward(rows, "utility")
-            gradient = self.flat()
-            self.move_gradient((gradient, 1.0))
-            self.reduce(gradient)
+            for group in half:
+                returns = [trajectory.returns()[0] for trajectory in group]
+                advantages = group_advantages(returns, "leave_one_out")
+                for trajectory, a in zip(group, advantages, strict=True):
+                    if a:
+                        rows += [Row(t, [a] * len(t.ids), 1 / count) for t in trajectory.turns]
+            gradient = self.zeros()
+            self.backward(Pass(rows, {"utility": (utility_loss, 1.0)}, [(gradient, 1.0)]))
+            self.world.sum_over_replicas(gradient)
             halves.append(-self.dot(gradient, derivative))
         mean, noise = sum(halves) / 2, abs(halves[0] - halves[1]) / 2
         return mean, abs(mean) / max(noise, 1e-30)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def add_to_targets(targets, i: int, gradient: torch.Tensor) -> None:
+    for buffer, factor in targets:
+        buffer[i].add_(gradient, alpha=factor)
+
+
+# --------------------------------------------------------------------------------------------------
 # Checks before anything expensive
 
 
-def check(args: Args, size: int) -> None:
+def check(args: Args, ranks: int) -> None:
     """Raises DataError for arguments that cannot work."""
-    models.check_positive(args, ("steps", "prompts_per_step", "warmup_batch", "max_new_tokens", "epochs", "minibatches", "mu_every", "validation_prompts", "validation_size",
-                                 "eval_problems", "save_every", "keep", "max_length", "replicas", "micro_batch", "generation_batch", "chord_steps", "lr_warmup"),
-                          ("lr", "warmup_lr", "value_lr", "clip", "clip_ratio", "luffy_gamma"))
-    if size % args.replicas:
-        raise DataError(f"--replicas {args.replicas} does not divide the {size} ranks")
+    counts = (
+        "steps", "prompts_per_step", "warmup_batch", "max_new_tokens", "epochs", "minibatches",
+        "mu_every", "validation_prompts", "validation_size", "eval_problems", "save_every", "keep",
+        "max_length", "replicas", "micro_batch", "generation_batch", "chord_steps", "lr_warmup",
+    )  # fmt: skip
+    numbers = ("lr", "warmup_lr", "value_lr", "clip", "clip_ratio", "luffy_gamma")
+    check_positive(args, counts, numbers)
+    method = METHODS[args.method]
+    if ranks % args.replicas:
+        raise DataError(f"--replicas {args.replicas} does not divide the {ranks} ranks")
     for name in ("prompts_per_step", "validation_prompts", "warmup_batch"):
-        if getattr(args, name) % size:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared equally by {size} ranks")
-    if args.samples < 2 and args.method not in ("sft",):
-        raise DataError("--samples must be at least 2: a response is judged against the others of its prompt")
+        if getattr(args, name) % ranks:
+            raise DataError(
+                f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared equally by "
+                f"{ranks} ranks"
+            )
+    if args.samples < 2 and method.mu is not one:
+        raise DataError(
+            "--samples must be at least 2: a response is judged against the others of its prompt"
+        )
     if args.vision and args.task == "math":
         raise DataError("--vision is for the games: --task general_points or virl")
     if not 0 <= args.mu_min <= args.mu_init <= args.mu_max <= 1:
-        raise DataError(f"0 <= --mu-min <= --mu-init <= --mu-max <= 1 is needed, not {args.mu_min}, {args.mu_init}, {args.mu_max}")
+        raise DataError(
+            "0 <= --mu-min <= --mu-init <= --mu-max <= 1 is needed, not "
+            f"{args.mu_min}, {args.mu_init}, {args.mu_max}"
+        )
     if not 0 <= args.warmup_steps <= args.steps:
         raise DataError(f"--warmup-steps must be between 0 and --steps, not {args.warmup_steps}")
-    if args.method == "amft" and args.epochs * args.minibatches > 1:
-        raise DataError("--method amft takes one optimizer step per rollout: d theta / d mu is the derivative of that one step")
-    if args.method == "srft" and args.epochs > 1:
-        raise DataError("--method srft: the loss of wrong samples has no lower bound, so --epochs must be 1")
-    if args.method in ("luffy", "srft", "hpt") and args.advantage == "gae":
-        raise DataError(f"--method {args.method} has advantages of its own: leave --advantage at grpo")
+    if method.mu is learned_mu and args.epochs * args.minibatches > 1:
+        raise DataError(
+            f"--method {args.method} takes one optimizer step per rollout: d theta / d mu is the "
+            "derivative of that one step"
+        )
+    if method.rl_loss is srft_loss and args.epochs > 1:
+        raise DataError(
+            f"--method {args.method}: the loss of wrong samples has no lower bound, so --epochs "
+            "must be 1"
+        )
+    if method.rl_loss is not ppo_loss and args.advantage == "gae":
+        raise DataError(
+            f"--method {args.method} has advantages of its own: leave --advantage at grpo"
+        )
 
 
 def load_task(args: Args, tokenizer) -> tuple:
-    """(training game, validation game, {test: (game, episodes)}, a line on what there is)."""
-    if args.task != "math":
-        train, validation, tests = games_of(args.task, rule=args.rule, suits=args.suits, actions=args.actions, vision=args.vision, compact=not args.full_prompts,
-                                            routes=args.routes, test_routes=args.test_routes)
-        return train, validation, {name: (game, args.eval_problems) for name, game in tests.items()}, f"{args.task}: episodes without end"
-    train, validation, tests, report = load_problems(args.data, tokenizer, validation=args.validation_size, test=args.eval_problems, max_length=args.max_length,
-                                                     subjects=args.subjects, levels=args.levels, seed=args.seed, suffix=args.suffix)
-    return train, validation, {name: (game, len(game)) for name, game in tests.items()}, report
+    """(training game, validation game, {test set: (game, episodes)}, a line on what there is)."""
+    if args.task == "math":
+        train, validation, tests, report = load_problems(
+            args.data,
+            tokenizer,
+            validation=args.validation_size,
+            test=args.eval_problems,
+            max_length=args.max_length,
+            subjects=args.subjects,
+            levels=args.levels,
+            seed=args.seed,
+            suffix=args.suffix,
+        )
+        return train, validation, {n: (game, len(game)) for n, game in tests.items()}, report
+    train, validation, tests = games_of(
+        args.task,
+        rule=args.rule,
+        suits=args.suits,
+        actions=args.actions,
+        vision=args.vision,
+        compact=not args.full_prompts,
+        routes=args.routes,
+        test_routes=args.test_routes,
+    )
+    tests = {name: (game, args.eval_problems) for name, game in tests.items()}
+    return train, validation, tests, f"{args.task}: episodes without end"
 
 
-def dry_run(args: Args, world: World) -> int:
-    """The environment test. Returns the exit status: 1 if the run could not finish."""
-    say = functools.partial(print, flush=True) if world.rank == 0 else lambda *a: None
-    reasons = models.check_ranks(world, say)
-    try:
-        config, tokenizer, processor = models.load_readers(args.model, args.vision, args.trust_remote_code)
-        train, _, _, report = load_task(args, tokenizer)
-        say(report)
-        lengths = [len(t.prompt) + max(len(t.ids), args.max_new_tokens) for i in range(32) for t in demonstrate(tokenizer, train, i, processor).turns]
-        responses = args.prompts_per_step * args.samples
-        say(f"{responses} responses per step, at most {responses * max(lengths):,} tokens")
-        reasons += models.check_space(config, world, say, 4 + 2 * (args.method == "amft"), args.micro_batch * max(lengths), args.activation_checkpointing,
-                                      args.output_dir, min(args.keep, -(-args.steps // args.save_every)) + 1)
-    except (DataError, models.ModelError) as e:
-        reasons.append(str(e))
-    say("\n".join(f"cannot finish: {r}" for r in reasons) or "ready")
-    return 1 if reasons else 0
+def examine(args: Args, world: World) -> list[str]:
+    """--dry-run: prints what there is and what it needs; returns what would not work."""
+    config, tokenizer, processor = load_readers(args.model, args.vision, args.trust_remote_code)
+    train, _, _, report = load_task(args, tokenizer)
+    world.say(report)
+    longest = 0
+    for seed in range(32):
+        for turn in demonstrate(tokenizer, train, seed, processor).turns:
+            longest = max(longest, len(turn.prompt) + max(len(turn.ids), args.max_new_tokens))
+    responses = args.prompts_per_step * args.samples
+    world.say(f"{responses} responses per step, at most {responses * longest:,} tokens")
+    return check_space(
+        config,
+        world,
+        buffers=6 if METHODS[args.method].mu is learned_mu else 5,
+        batch_tokens=args.micro_batch * longest,
+        checkpointing=args.activation_checkpointing,
+        output_dir=args.output_dir,
+        kept=min(args.keep, -(-args.steps // args.save_every)) + 1,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def build(args: Args, config, world: World) -> Policy:
     """The sharded policy with its weights: fp32 master weights, bf16 compute on GPUs."""
-    source = Policy(models.load_weights(args.model, trust_remote_code=args.trust_remote_code), args.advantage == "gae") if world.rank == 0 else None
-    policy = Policy(models.skeleton(config, trust_remote_code=args.trust_remote_code), args.advantage == "gae")
-    if source is not None and args.advantage == "gae":
-        torch.nn.init.zeros_(source.value.weight), torch.nn.init.zeros_(source.value.bias)
+    value_head, source = args.advantage == "gae", None
+    if world.rank == 0:
+        lm = load_weights(args.model, trust_remote_code=args.trust_remote_code)
+        source = Policy(lm, value_head)
+        if value_head:
+            torch.nn.init.zeros_(source.value.weight)
+            torch.nn.init.zeros_(source.value.bias)
+    policy = Policy(skeleton(config, trust_remote_code=args.trust_remote_code), value_head)
     if args.activation_checkpointing:
-        policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    blocks = models.layers_to_shard(policy.lm)
+        policy.lm.activation_checkpointing_enable({"use_reentrant": False})
+    blocks = layers_to_shard(policy.lm)
     if args.compile:
         for block in blocks:
             block.compile()
     cuda = world.device.type == "cuda"
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if cuda or world.shards > 1:  # one CPU rank has nothing to shard or cast
-        sharding = {"mesh": world.mesh["shard"], "offload_policy": CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
-                    "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else MixedPrecisionPolicy()}
-        for block in blocks:
-            fully_shard(block, **sharding)
-        fully_shard(policy, **sharding)
-    models.materialize(policy, source, torch.device("cpu") if args.cpu_offload else world.device)
-    models.check_head(policy, world)
+        for module in (*blocks, policy):
+            fully_shard(
+                module,
+                mesh=world.mesh["shard"],
+                mp_policy=bf16 if cuda else MixedPrecisionPolicy(),
+                offload_policy=CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
+            )
+    materialize(policy, source, torch.device("cpu") if args.cpu_offload else world.device)
+    check_head(policy, world)
     return policy.train()
 
 
-# What may differ when a run is resumed: it does not change the mathematics.
-FREE = {"resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "show", "replicas", "micro_batch", "generation_batch", "activation_checkpointing",
-        "cpu_offload", "compile", "dry_run"}
+def adamw(args: Args, policy: Policy) -> torch.optim.AdamW:
+    """The value head has a learning rate of its own; "peak" is what the schedule multiplies."""
+    named = list(policy.named_parameters())
+    head = [p for name, p in named if name.startswith("value.")]
+    rest = [p for name, p in named if not name.startswith("value.")]
+    groups = [{"params": rest, "lr": args.lr, "peak": args.lr}]
+    if head:
+        groups.append({"params": head, "lr": args.value_lr, "peak": args.value_lr})
+    return torch.optim.AdamW(groups, betas=args.betas, weight_decay=args.weight_decay, fused=True)
+
+
+def loss_metrics(args: Args, sums: dict[str, float], mu: float) -> dict[str, float]:
+    """The losses of a step, as trained on, and what was measured of its samples."""
+    metrics = {"mu": mu, "loss/sft": sums["sft"], "loss/rl": sums["rl"]}
+    mu_sft = METHODS[args.method].weight_of_sft(mu)
+    metrics["loss/total"] = (1 - mu) * sums["rl"] + mu_sft * sums["sft"]
+    if args.advantage == "gae":
+        metrics["loss/value"] = sums["value"]
+    if sums["tokens"]:
+        metrics["entropy"] = sums["entropy"] / sums["tokens"]
+        metrics["clip_fraction"] = sums["clipped"] / sums["tokens"]
+        metrics["approx_kl"] = sums["kl"] / sums["tokens"]
+    return metrics
+
+
+def tokens_sampled(groups: list[list[Trajectory]]) -> int:
+    turns = [turn for group in groups for trajectory in group for turn in trajectory.turns]
+    return sum(len(turn.ids) for turn in turns)
+
+
+def training_seeds(args: Args, actor: Actor, step: int) -> range:
+    """This rank's prompts of a step."""
+    if step < args.warmup_steps:
+        return actor.mine(args.warmup_batch, step * args.warmup_batch)
+    after_warmup = (step - args.warmup_steps) * args.prompts_per_step
+    start = args.warmup_steps * args.warmup_batch + after_warmup
+    return actor.mine(args.prompts_per_step, start)
+
+
+def evaluate(args: Args, actor: Actor, tests: dict, validation, step: int) -> tuple:
+    """(results on the test sets, some responses for people to read). Collective."""
+    with gathered(actor.policy):
+        results = play_tests(actor.play, tests, actor.world)
+        seeds = range(step, step + args.show) if actor.world.rank == 0 else []
+        groups = actor.play(validation, seeds, args.samples, f"{args.seed}/show/{step}")
+    return results, sample_rows(groups, step, actor.tokenizer)
 
 
 def main(args: Args, world: World) -> int:
-    rank0, begun = world.rank == 0, time.time()
-    say = functools.partial(tqdm.write, file=sys.stdout) if rank0 else lambda *a: None
-    config, tokenizer, processor = models.load_readers(args.model, args.vision, args.trust_remote_code)
+    config, tokenizer, processor = load_readers(args.model, args.vision, args.trust_remote_code)
     train, validation, tests, report = load_task(args, tokenizer)
-    say(report)
-    run = models.run_folder(args.output_dir, asdict(args), args.resume, FREE, world.rank)
-    resume_from = models.checkpoints(run)[-1] if args.resume and models.checkpoints(run) else None
-
+    world.say(report)
+    run = Run(  # folder, log, progress bar, Ctrl-C, checkpoints
+        "amft",
+        args,
+        world,
+        FREE,
+        title=args.method,
+        shows={"mu": "mu", "reward": "reward/mean", "H": "entropy"},
+        advice="lower --lr",
+    )
     torch.manual_seed(args.seed)
+    method = METHODS[args.method]
     policy = build(args, config, world)
-    heads = [{"params": [p for n, p in policy.named_parameters() if n.startswith("value.") == head], "lr": lr, "peak": lr} for head, lr in ((False, args.lr), (True, args.value_lr))]
-    optimizer = torch.optim.AdamW([g for g in heads if g["params"]], betas=args.betas, weight_decay=args.weight_decay, fused=True)
-    learner, controller, stop = Learner(args, policy, optimizer, world, tokenizer.pad_token_id), Controller(args), Stop(world)
-    state = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "optimizer_steps": 0, "entropy_target": None, "mu": args.mu_init, "squares": []}
-    if resume_from:
-        state = models.load_checkpoint(resume_from, policy, optimizer)
-        controller.mu, controller.squares = state["mu"], state["squares"]
-    say(f"{args.method}: {sum(p.numel() for p in learner.params) / 1e6:.1f}M parameters, {world.size} rank(s), run folder {run}"
-        + (f", resumed at step {state['step']}" if resume_from else ""))
-    log = evaluation.Log("amft", asdict(args), run, rank0, state["step"], "samples.jsonl")
-    saved_at = state["step"] if resume_from else -1
-    save_dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    optimizer = adamw(args, policy)
+    learner = PolicyLearner(args, policy, optimizer, world, tokenizer.pad_token_id)
+    controller = Controller(args, learns=method.mu is learned_mu)
+    actor = Actor(
+        policy,
+        policy.lm,
+        tokenizer,
+        processor,
+        world,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.generation_batch,
+    )
+    checkpoint = ModelCheckpoint(policy, processor or tokenizer, optimizer, policy.lm)
+    size = sum(p.numel() for p in learner.params)
+    run.start(checkpoint, f"{size / 1e6:.1f}M parameters", controller.state)
+    own_samples = args.samples - (1 if method.demonstrations == "for a sample" else 0)
 
-    def save():
-        nonlocal saved_at
-        if saved_at != state["step"]:
-            state.update(mu=controller.mu, squares=controller.squares)
-            models.save_checkpoint(run / "checkpoint", lambda tmp: models.write_training_state(tmp, policy, processor or tokenizer, optimizer, save_dtype, policy.lm), state, args.keep)
-            saved_at = state["step"]
-
-    own_samples = args.samples - (args.method == "luffy")
-    share = lambda count, start=0: [start + world.rank + world.size * i for i in range(count // world.size)]  # this rank's prompts  # noqa: E731
-
-    def rollout(game, seeds, key):
-        with models.gathered(policy):
-            return models.play(policy.lm, tokenizer, game, seeds, own_samples if game is train else args.samples, f"{args.seed}/{key}", args.max_new_tokens,
-                               args.generation_batch, processor=processor, progress="rollout" if rank0 and args.max_new_tokens > 1024 else None)
-
-    bar = tqdm(total=args.steps, initial=state["step"], disable=not rank0, desc=args.method, mininterval=0.5)
-    failed, stopped, warned = None, False, set()
-
-    def warn(kind: str, text: str) -> None:
-        if kind not in warned:
-            warned.add(kind)
-            say(f"warning: {text}")
-
-    for step in range(state["step"], args.steps + 1):
-        last = step == args.steps
-        if stopped := stop.agreed():
+    for step in run.steps():
+        if run.evaluation_due(step, args.warmup_steps):
+            results, shown = evaluate(args, actor, tests, validation, step)
+            run.evaluation(step, results, tests_lines(step, results, shown), samples=shown)
+        if run.is_over(step):
             break
-        due = args.eval_every >= 0 and (step in (0, args.warmup_steps) or last or (args.eval_every and step % args.eval_every == 0))
-        if due and step not in log.evaluations:
-            with models.gathered(policy):
-                result = evaluation.play_tests(policy.lm, tokenizer, world, tests, args.max_new_tokens, args.generation_batch, processor)
-                shown = evaluation.sample_rows(policy.lm, tokenizer, validation, args.show if rank0 else 0, args.samples, step, args.seed, args.max_new_tokens, args.generation_batch, processor)
-            more = [] if args.task == "math" else ["step_accuracy"] + ["recognition"] * (args.vision and args.task == "general_points")
-            more = {n: "".join(f", {k.replace('_', ' ')} {r[k]:.1%}" for k in more) for n, r in result.items()}
-            log.record(step, result, "; ".join(f"{n} {r['accuracy']:.1%}{more[n]}, {r['length']:.0f} tokens" for n, r in result.items()), shown)
-        if last:
-            break
-        torch.manual_seed(hash((args.seed, step, world.rank)) % 2**31)  # dropout, where a model has it
-        warming, mu = step < args.warmup_steps, mu_of_step(args, step, controller)
-        lr = min(1.0, (step + 1) / args.lr_warmup) * (args.warmup_lr / args.lr if warming else 1.0)
-        explore = not warming and (mu < 1 or args.method in ("luffy", "srft", "hpt"))
-        imitate = warming or args.method == "hpt" or (mu > 0 and args.method not in ("luffy", "srft"))
-        if args.method == "amft" and step == args.warmup_steps and state["entropy_target"] is None:  # H*: of the warm policy, on its own rollouts
-            groups = rollout(validation, share(args.validation_prompts), "target")
-            state["entropy_target"] = learner.entropy([Row(t, [0.0] * len(t.ids), 1.0) for g in groups for e in g for t in e.turns])
+        torch.manual_seed(hash((args.seed, step, world.rank)) % 2**31)  # dropout
+        warming = step < args.warmup_steps
+        mu = 1.0 if warming else method.mu(args, step, controller)
+        if controller.wants_target(step):  # H*: of the warm policy, on its own rollouts
+            seeds = actor.mine(args.validation_prompts)
+            groups = actor.rollout(validation, seeds, args.samples, "target")
+            controller.state["entropy_target"] = learner.entropy(groups)
+        run.lap()
 
-        # (a, b) demonstrations and rollouts of this step's prompts, rewards, advantages
-        clock = [time.perf_counter()]
-        seeds = share(args.warmup_batch, step * args.warmup_batch) if warming else \
-            share(args.prompts_per_step, args.warmup_steps * args.warmup_batch + (step - args.warmup_steps) * args.prompts_per_step)
-        demonstrations = [demonstrate(tokenizer, train, s, processor) for s in seeds]
-        groups = rollout(train, seeds, step) if explore else []
-        clock.append(time.perf_counter())
-        rl, sft = rl_rows(args, groups, demonstrations) if explore else ([], [demonstration_row(t) for d in demonstrations for t in d.turns])
-        sft = sft if imitate else []
-        if args.method == "hpt":
-            explore, imitate = (x > 0 for x in total(world, len(rl), len(sft)))
-        if args.advantage == "gae" and explore:
+        # Algorithm 1, a and b: demonstrations and own samples of the step's prompts, rewards
+        seeds = training_seeds(args, actor, step)
+        demonstrations = [actor.demonstrate(train, seed) for seed in seeds]
+        groups = [] if mu == 1 else actor.rollout(train, seeds, own_samples, step)
+        seconds = {"rollout": run.lap()}
+
+        # d, first, as its step is what c differentiates: theta <- clipped AdamW(theta, G)
+        sft, rl = rows_of(args, groups, demonstrations)
+        if method.weight_of_sft(mu) == 0:
+            sft = []
+        if args.advantage == "gae" and groups:
             learner.estimate_advantages(rl)
-
-        # (d) the losses at theta; G and, where mu will be updated, D = g_SFT - g_RL
-        coefficients = {"rl": 1.0 if args.method in ("luffy", "srft", "hpt") else 1 - mu, "sft": 1.0 if warming or args.method == "hpt" else mu}
-        update_mu = (args.method == "amft" and not args.no_meta_gradient and step >= args.warmup_steps and (step + 1) % args.mu_every == 0 and state["optimizer_steps"] >= 10)
-        auxiliary, sums, norm, finite, difference = args.entropy_coefficient or args.advantage == "gae", {}, 0.0, True, None
-
-        def add(part, rows, scale=1.0):
-            for k, v in learner.backward(rows, part, scale).items():
-                sums[k] = sums.get(k, 0.0) + v * (k not in ("entropy", "tokens", "clipped", "kl") or part.startswith("rl"))
-
-        for k in range(args.epochs * args.minibatches):
-            part = slice(k % args.minibatches, None, args.minibatches)
-            rl_part, sft_part = rl[part], sft[part]
-            set_weights(args, world, rl_part, sft_part)
-            gradient = learner.flat() if update_mu or world.replicas > 1 else None
-            if update_mu:
-                difference = learner.flat()
-                add("sft", sft_part)
-                learner.move_gradient((difference, 1.0), (gradient, mu))
-                add("rl", rl_part)
-                learner.move_gradient((difference, -1.0), (gradient, 1 - mu))
-                if auxiliary:
-                    add("aux", rl_part)
-                    learner.move_gradient((gradient, 1.0))
-                learner.reduce(difference)
-            else:
-                if imitate:
-                    add("sft", sft_part, coefficients["sft"])
-                if explore:
-                    add("rl+aux" if auxiliary else "rl", rl_part, coefficients["rl"])
-            if gradient is not None:
-                learner.move_gradient((gradient, 1.0))
-                learner.reduce(gradient)
-            else:
-                gradient = [local(p.grad) if p.grad is not None else torch.zeros_like(local(p)) for p in learner.params]
-            norm, finite = learner.take_step(gradient, lr)
-            state["optimizer_steps"] += finite
-            if not finite:
-                optimizer.zero_grad()
-                break
-        clock.append(time.perf_counter())
-
-        # (c) grad_mu U at the new theta, and the mu of the next step
-        losses = dict(zip(sums, total(world, *sums.values()), strict=True))
-        tokens = max(losses["tokens"], 1)
-        metrics = {"step": step + 1, "mu": mu, "loss/sft": losses["sft"], "loss/rl": losses["rl"],
-                   "loss/total": coefficients["rl"] * losses["rl"] + coefficients["sft"] * losses["sft"], "grad_norm": norm, "lr": args.lr * lr}
-        if args.advantage == "gae":
-            metrics["loss/value"] = losses["value"]
+        schedule = min(1.0, (step + 1) / args.lr_warmup)
+        if warming:
+            schedule *= args.warmup_lr / args.lr
+        update = learner.update(mu, sft, rl, schedule, with_D=controller.gradient_due(step))
+        controller.state["optimizer_steps"] += update.steps
+        seconds["train"] = run.lap()
+        metrics = loss_metrics(args, update.sums, mu)
+        metrics |= {"grad_norm": update.norm, "lr": args.lr * schedule}
         if groups:
-            metrics |= evaluation.rollout_metrics(groups, world)
-            if losses["tokens"]:
-                metrics |= {"entropy": losses["entropy"] / tokens, "clip_fraction": losses["clipped"] / tokens, "approx_kl": losses["kl"] / tokens}
-            if metrics["truncated"] > 0.5:
-                warn("cut", f"{metrics['truncated']:.0%} of the responses are cut at --max-new-tokens {args.max_new_tokens}: their rewards say little")
-            if metrics["groups_without_variance"] == 1:
-                warn("equal", "all responses to each prompt have the same reward: this step's advantages are zero, nothing is learned from them")
-        if args.method == "amft" and state["entropy_target"] is not None and finite:
-            grad_mu = None
-            product, square = (learner.dot(gradient, difference), learner.dot(difference, difference)) if update_mu else (0.0, 0.0)
-            if depends_on_mu(norm, product, square, args.clip, args.meta_preconditioner):
-                step_derivative(optimizer, learner.params, gradient, difference, norm, product, args.clip, args.meta_preconditioner)
-                seeds = share(args.validation_prompts, (step + 1) // args.mu_every * args.validation_prompts)
-                grad_mu, noise_ratio = learner.utility_gradient(rollout(validation, seeds, f"{step}/validation"), difference)
-                metrics |= {"grad_mu": grad_mu, "grad_mu_snr": noise_ratio}
-            metrics |= {"entropy_target": state["entropy_target"]}
-            if "entropy" in metrics:
-                metrics |= controller.update(step + 1, grad_mu, metrics["entropy"], state["entropy_target"])
-        difference = gradient = None
-        clock.append(time.perf_counter())
-        state["step"], state["skipped"] = step + 1, state["skipped"] + (not finite)
-        state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
-        generated, trained = total(world, sum(len(t.ids) for g in groups for e in g for t in e.turns), sum(len(r.turn.prompt) + len(r.turn.ids) for r in rl + sft))
-        metrics |= {"skipped_steps": state["skipped"], "seconds": clock[-1] - clock[0], "seconds/rollout": clock[1] - clock[0], "seconds/train": clock[2] - clock[1],
-                    "seconds/mu": clock[3] - clock[2], "tokens_per_second/rollout": generated / (clock[1] - clock[0]),
-                    "tokens_per_second/train": args.epochs * trained / (clock[2] - clock[1]), "peak_memory_gb": models.peak_memory(world.device) / 1e9}
-        log.step(metrics)
-        bar.update()
-        bar.set_postfix(mu=f"{mu:.2f}", reward=f"{metrics.get('reward/mean', math.nan):.2f}", H=f"{metrics.get('entropy', math.nan):.2f}")
-        if state["skipped_in_a_row"] >= 5:
-            failed = (f"the gradient was not finite in 5 steps running (to step {step + 1}): lower --lr. "
-                      f"Last good checkpoint: {models.checkpoints(run)[-1] if models.checkpoints(run) else 'none'}")
-            break
-        if (step + 1) % args.save_every == 0 and state["skipped_in_a_row"] == 0:
-            save()
-    bar.close()
-    if failed:
-        print(f"amft.py: {failed}", file=sys.stderr) if rank0 else None
-        return 1
-    save()
-    if stopped:
-        say(f"stopped at step {state['step']} and saved; to go on: the same command with --output-dir {run} --resume")
-        return 0
-    if rank0:
-        import plots
+            metrics |= rollout_metrics(groups, world)
 
-        if log.evaluations:
-            print("\n" + evaluation.tests_table(log.evaluations[min(log.evaluations)], log.evaluations[max(log.evaluations)]))
-        plots.figure([run], run / "dynamics.png")
-        print(f"\n{time.time() - begun:.0f} s; model: {run / 'checkpoint'}; picture: {run / 'dynamics.png'}; responses: {run / 'samples.jsonl'}")
-    return 0
+        # c: grad_mu U at the new theta (5), and with it the mu of the next step (6)
+        if controller.has_target and update.finite:
+            grad_mu, derivative = None, None
+            if update.D is not None:
+                derivative = learner.derivative_by_mu(update)
+            if derivative is not None:
+                number = (step + 1) // args.mu_every
+                seeds = actor.mine(args.validation_prompts, number * args.validation_prompts)
+                trials = actor.rollout(validation, seeds, args.samples, f"{step}/validation")
+                grad_mu, noise_ratio = learner.meta_gradient(trials, derivative)
+                metrics |= {"grad_mu": grad_mu, "grad_mu_snr": noise_ratio}
+            metrics["entropy_target"] = controller.state["entropy_target"]
+            if "entropy" in metrics:
+                metrics |= controller.update(step + 1, grad_mu, metrics["entropy"])
+        del update
+        seconds["mu"] = run.lap()
+
+        metrics |= {f"seconds/{phase}": s for phase, s in seconds.items()}
+        generated, trained = world.sum(tokens_sampled(groups), sum(row.length for row in sft + rl))
+        metrics["tokens_per_second/rollout"] = generated / seconds["rollout"]
+        metrics["tokens_per_second/train"] = args.epochs * trained / seconds["train"]
+        run.warn(rollout_warnings(metrics, args.max_new_tokens))
+        run.finite(metrics["grad_norm"])
+        run.log(step, metrics)
+    return run.finish(tests_table, "dynamics.png", f"; responses: {run.folder / 'samples.jsonl'}")
 
 
 def cli() -> int:
-    start = lambda args, world: (dry_run if args.dry_run else main)(with_defaults(args), world)  # noqa: E731
-    return models.run_script("amft.py", Args, lambda args, size: check(with_defaults(args), size), start)
+    args = with_defaults(tyro.cli(Args))
+    return start("amft.py", args, check, examine, main)
 
 
 if __name__ == "__main__":

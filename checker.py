@@ -1,26 +1,31 @@
-r"""Is a model's final answer right? Extraction, and equality of mathematical answers written in LaTeX or plain text.
+r"""Is a model's final answer right? Extraction, and equality of mathematical answers.
 
     extract_answer(r"... so it is \boxed{\frac12}.")   -> r"\frac12"
     is_equal("0.5", r"\frac{1}{2}")                    -> True
-    grade(response, gold)                              -> True if the response's final answer equals the gold answer
+    grade(response, gold)                              -> True if the final answers are the same
 
-    python checker.py cases.jsonl                      # rows {"response", "gold", "expect"}: accuracy, errors, time per case
+    python checker.py cases.jsonl   # rows {"response", "gold", "expect"}: accuracy, errors, times
 
-Three stages, each small enough to check by reading:
-1. `clean` and `Parser`: text -> a tree of tuples ("num", 3), ("add", a, b), ("tuple", "(", ")", items) ... by a hand-written parser.
-   Nothing from the text is ever executed, and no sympy parser sees it.
-2. `Value`: exact rationals and integers where possible; else numbers at 60 digits (mpmath, sympy's arithmetic).
-3. `same`: equality in order of cost: text, exact value, structure (tuples, lists, sets, intervals, matrices, relations), 60-digit
-   values, and for expressions with letters 60-digit values at four fixed random points of both signs, where the real domain decides.
-   Two expressions of limited size that agree to 40 digits at four such points are equal for every purpose of grading; a symbolic
+Answers are LaTeX or plain text. Three stages, each small enough to check by reading:
+1. `clean` and `Parser`: text -> a tree of tuples ("num", 3), ("add", a, b), ("tuple", "(", ")",
+   items) ... by a hand-written parser. Nothing from the text is ever executed, and no sympy parser
+   sees it.
+2. `Value`: exact rationals and integers where possible; else numbers at 60 digits (mpmath, sympy's
+   arithmetic).
+3. `same`: equality in order of cost: text, exact value, structure (tuples, lists, sets, intervals,
+   matrices, relations), 60-digit values, and for expressions with letters 60-digit values at four
+   fixed random points of both signs, where the real domain decides. Two expressions of limited size
+   that agree to 40 digits at four such points are equal for every purpose of grading; a symbolic
    prover after that would add time without bound and no rejection, so there is none.
 
-Limits are checked before work: length, nesting, digits, exponents, and a budget of evaluated nodes for each question. What exceeds
-one is compared as normalised text. No signals, threads, processes or global state: works in any thread and after fork.
+Limits are checked before work: length, nesting, digits, exponents, and a budget of evaluated nodes
+for each question. What exceeds one is compared as normalised text. No signals, threads, processes
+or global state: works in any thread and after fork.
 
-Conventions: a bare list has no order, a tuple has; a decimal equals another exact value only if it gives 10 or more of its digits
-(3.14 is not pi, 0.33 is not 1/3); units and names ("x =") count only where both sides have them; 12% is 0.12 (and 12 where only one
-side says %); a number in base b equals the same digits in the same base; "exact \approx decimal" means the exact part.
+Conventions: a bare list has no order, a tuple has; a decimal equals another exact value only if it
+gives 10 or more of its digits (3.14 is not pi, 0.33 is not 1/3); units and names ("x =") count only
+where both sides have them; 12% is 0.12 (and 12 where only one side says %); a number in base b
+equals the same digits in the same base; "exact \approx decimal" means the exact part.
 """
 
 import functools
@@ -48,22 +53,32 @@ class Limit(Exception):
     """Too large, or not a form that we read: the answers are compared as text."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The final answer in a response
 
 END_OF_TURN = re.compile(r"<\|(?:im_end|im_start|eot_id|endoftext|end)\|>|</s>")
-BOX = re.compile(r"\\{1,4}(?:boxed|fbox)\s*(\{)|\\{1,4}(?:boxed|fbox)\s+([^\s{}$\\]+)|\\[{}\\]|([{}])")
-JOINT = re.compile(r"(?:\s|\$|\\[()\[\]]|\\q?quad|\\[,;! ]|\\text\s*\{\s*(?:and|or|,)?\s*\}|and|or|,|;)*")
+BOX = re.compile(
+    r"\\{1,4}(?:boxed|fbox)\s*(\{)|\\{1,4}(?:boxed|fbox)\s+([^\s{}$\\]+)|\\[{}\\]|([{}])"
+)
+JOINT = re.compile(
+    r"(?:\s|\$|\\[()\[\]]|\\q?quad|\\[,;! ]|\\text\s*\{\s*(?:and|or|,)?\s*\}|and|or|,|;)*"
+)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$([^$]+)\$", re.S)
-NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?[$\u20ac\u00a3]?(?:\d{1,3}(?:[, ]\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:e[-+]?\d+)?(?::\d+|\s?/\s?\d+)?"
-                    r"(?:\s?\\?%|\s?percent|\u00b0)?", re.I)
-NO_PROSE = re.compile(r"\\[A-Za-z]+|\\text\s*\{[^{}]*\}|a?(?:sin|cos|tan|sqrt|log|ln)|theta|\b(?:pi|and|or|inf(?:inity)?)\b|percent")
+NUMBER = re.compile(
+    r"(?<![\w.])[-+\u2212]?[$\u20ac\u00a3]?(?:\d{1,3}(?:[, ]\d{3})+(?!\d)|\d+)?"
+    r"(?:\.\d+|(?<=\d))(?:e[-+]?\d+)?(?::\d+|\s?/\s?\d+)?"
+    r"(?:\s?\\?%|\s?percent|\u00b0)?",
+    re.I,
+)
+NO_PROSE = re.compile(
+    r"\\[A-Za-z]+|\\text\s*\{[^{}]*\}|a?(?:sin|cos|tan|sqrt|log|ln)|theta|\b(?:pi|and|or|inf(?:inity)?)\b|percent"
+)
 PROSE = re.compile(r"[A-Za-z]{4}|[A-Za-z]{2,3}\b.*\b[A-Za-z]{2,3}\b|\n.*\n")
 STATED = re.compile(r"answer\b\W{0,6}(?:(?:is|are|equals)\b(?:\s*[:=])?|[:=])\s*(\S[^\n]*)", re.I)
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""(start, end, content) of the complete outermost \boxed{}s, in order. One pass over the text."""
+    r"""(start, end, content) of the complete outermost \boxed{}s, in order. One pass over it."""
     found: list[tuple[int, int, str]] = []
     opened: list[tuple[int, int] | None] = []  # None: an ordinary brace
     for m in BOX.finditer(text):
@@ -81,35 +96,48 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def _sentence(text: str) -> str:
-    """The answer at the start of what follows "the answer is": its formulas, or the words to the end of the sentence."""
-    text = text.replace('\\"', '"').strip("*\"\u201c\u201d \t").strip()
+    """The answer at the start of what follows "the answer is": its formulas, or the words to the
+    end of the sentence."""
+    text = text.replace('\\"', '"').strip('*"\u201c\u201d \t').strip()
     sentence = re.split(r"\.(?:\s|$)", re.sub(r"\*\*", "", text), maxsplit=1)[0]
     formulas = list(FORMULA.finditer(text))
-    if formulas and (m := re.search(r"\b(?:is|are|equals)\s+(?!.*\$)(.+)$", sentence)):  # the largest $n$ is 34
+    if formulas and (
+        m := re.search(r"\b(?:is|are|equals)\s+(?!.*\$)(.+)$", sentence)
+    ):  # the largest $n$ is 34
         return m[1]
     if formulas and formulas[0].start() < len(sentence):
         joined = [formulas[0]]
-        while len(joined) < min(20, len(formulas)) and JOINT.fullmatch(text[joined[-1].end() : formulas[len(joined)].start()]):
+        while len(joined) < min(20, len(formulas)) and JOINT.fullmatch(
+            text[joined[-1].end() : formulas[len(joined)].start()]
+        ):
             joined.append(formulas[len(joined)])
         return ", ".join(next(filter(None, m.groups())).strip() for m in joined)
     return re.sub(r"^.*\b(?:is|are|equals)\s+", "", sentence).strip()
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer in a model's text, or None: the last complete \boxed{} (several joined by "and" or commas are one list), else
-    "#### x", "the answer is ...", the last formula, the last number, in that order. Linear in the length of the text."""
+    r"""The final answer in a model's text, or None: the last complete \boxed{} (several joined by
+    "and" or commas are one list), else "#### x", "the answer is ...", the last formula, the last
+    number, in that order. Linear in the length of the text."""
     if cut := END_OF_TURN.search(text, 1):
         text = text[: cut.start()]
-    if "boxed" in text or "fbox" in text:
-        if boxes := _boxes(text):
-            first = len(boxes) - 1
-            while first and len(boxes) - first < 20:
-                between = text[boxes[first - 1][1] : boxes[first][0]]
-                if len(between) > 60 or not re.search(r"and|or|,|;", between) or not JOINT.fullmatch(between):
-                    break
-                first -= 1
-            return ", ".join(b[2] for b in boxes[first:])
-    if (at := text.rfind("####")) >= 0 and (line := text[at + 4 :].strip().split("\n")[0].strip()) and re.search(r"\d", line):
+    if ("boxed" in text or "fbox" in text) and (boxes := _boxes(text)):
+        first = len(boxes) - 1
+        while first and len(boxes) - first < 20:
+            between = text[boxes[first - 1][1] : boxes[first][0]]
+            if (
+                len(between) > 60
+                or not re.search(r"and|or|,|;", between)
+                or not JOINT.fullmatch(between)
+            ):
+                break
+            first -= 1
+        return ", ".join(b[2] for b in boxes[first:])
+    if (
+        (at := text.rfind("####")) >= 0
+        and (line := text[at + 4 :].strip().split("\n")[0].strip())
+        and re.search(r"\d", line)
+    ):
         return line
     tail = text[-20_000:]
     if (stated := list(STATED.finditer(tail))) and (answer := _sentence(stated[-1][1])):
@@ -119,35 +147,108 @@ def extract_answer(text: str) -> str | None:
     formula = max(FORMULA.finditer(tail), key=re.Match.end, default=None)
     after = tail[formula.end() :] if formula else tail
     numbers = list(NUMBER.finditer(after))
-    if numbers and (not formula or re.fullmatch(r"[\s.!*]*", after[numbers[-1].end() :])):  # "... $x$ grows by 100%."
+    if numbers and (
+        not formula or re.fullmatch(r"[\s.!*]*", after[numbers[-1].end() :])
+    ):  # "... $x$ grows by 100%."
         return numbers[-1].group().strip()
     return next(filter(None, formula.groups())).strip() if formula else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Text: one spelling for what means the same
 
-UNICODE = {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "√": r"\sqrt ", "π": r"\pi ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
-           "∞": r"\infty ", "°": r"^\circ ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "θ": r"\theta ",
-           "α": r"\alpha ", "β": r"\beta ", "≈": r"\approx ", "ℝ": r"\mathbb{R}", "∠": r"\angle ", "≡": r"\equiv ", "′": "'", "’": "'", "€": "", "£": "",
-           "½": r"\frac12 ", "⅓": r"\frac13 ", "⅔": r"\frac23 ", "¼": r"\frac14 ", "¾": r"\frac34 ",
-           "\u20e3": "", "\ufe0f": "", "\u200b": "", "\u202e": ""}  # marks that do not show
-UNICODE |= {s: f"^{d}" for d, s in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")} | {s: f"_{d}" for d, s in enumerate("₀₁₂₃₄₅₆₇₈₉")}
+UNICODE = {
+    "−": "-",
+    "–": "-",
+    "×": r"\times ",
+    "·": r"\cdot ",
+    "⋅": r"\cdot ",
+    "÷": "/",
+    "√": r"\sqrt ",
+    "π": r"\pi ",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "≠": r"\ne ",
+    "∞": r"\infty ",
+    "°": r"^\circ ",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∈": r"\in ",
+    "∅": r"\emptyset ",
+    "θ": r"\theta ",
+    "α": r"\alpha ",
+    "β": r"\beta ",
+    "≈": r"\approx ",
+    "ℝ": r"\mathbb{R}",
+    "∠": r"\angle ",
+    "≡": r"\equiv ",
+    "′": "'",
+    "’": "'",
+    "€": "",
+    "£": "",
+    "½": r"\frac12 ",
+    "⅓": r"\frac13 ",
+    "⅔": r"\frac23 ",
+    "¼": r"\frac14 ",
+    "¾": r"\frac34 ",
+    "\u20e3": "",
+    "\ufe0f": "",
+    "\u200b": "",
+    "\u202e": "",
+}  # marks that do not show
+UNICODE |= {s: f"^{d}" for d, s in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")} | {
+    s: f"_{d}" for d, s in enumerate("₀₁₂₃₄₅₆₇₈₉")
+}
 TABLE = str.maketrans(UNICODE)
-REWRITE = [(re.compile(a, re.S), b) for a, b in (
-    (r"<\|.*", ""), (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|rm|bf)(?![A-Za-z])", ""), (r"\s*\{\s*([,:.])\s*\}\s*", r"\1"),
-    (r"(?<!\\)\\!|\\\$|\$", ""), (r"\\q?quad|(?<!\\)\\[,;: ]|~|&nbsp;", " "), (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\[dt]binom", r"\\binom"), (r"\{([^{}]+)\\choose([^{}]+)\}", r"\\binom{\1}{\2}"),
-    (r"\\(?:math(?:rm|bf|it|sf|cal|frak)|boldsymbol|bm|vec|hat|overrightarrow|operatorname\*?|textrm|fbox|boxed)\s*\{([^{}]*)\}", r"{\1}"),
-    (r"\\(?:textbf|textit|textnormal|mbox|textsf)(?![A-Za-z])", r"\\text"), (r"\\(?:leq|leqslant)(?![A-Za-z])", r"\\le"), (r"\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge"),
-    (r"\\neq(?![A-Za-z])|!=", r"\\ne"), (r"<=", r"\\le "), (r">=", r"\\ge "), (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"),
-    (r"\*\*", "^"), (r"\\%|\\text\{\s*%\s*\}|\s*percent(?:age)?\b", "%"), (r"\\varnothing|\\\{\s*\\\}|Ø", r"\\emptyset"),
-    (r"\\mathbb\s*\{?R\}?|\\Reals?\b|\\R\b", r"\\Reals"),
-    (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree|\bdegrees?\b", r"\\deg "), (r"\\text\{\s*\\deg\s*\}", r"\\deg "),
-    (r"\\[lr]vert|\\mid(?![A-Za-z])|\\\||\\[lr]Vert", "|"), (r"\.\s*$", ""), (r"[ \t\n]+", " "))]
-NUMBER_WORDS = {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-                                                "seventeen eighteen nineteen twenty".split())}
-SYNONYMS = {"dne": "doesnotexist", "undefined": "doesnotexist", "nosolutions": "nosolution", "none": "nosolution", "infinity": r"\infty"}
+REWRITE = [
+    (re.compile(a, re.S), b)
+    for a, b in (
+        (r"<\|.*", ""),
+        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|rm|bf)(?![A-Za-z])", ""),
+        (r"\s*\{\s*([,:.])\s*\}\s*", r"\1"),
+        (r"(?<!\\)\\!|\\\$|\$", ""),
+        (r"\\q?quad|(?<!\\)\\[,;: ]|~|&nbsp;", " "),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\[dt]binom", r"\\binom"),
+        (r"\{([^{}]+)\\choose([^{}]+)\}", r"\\binom{\1}{\2}"),
+        (
+            r"\\(?:math(?:rm|bf|it|sf|cal|frak)|boldsymbol|bm|vec|hat|overrightarrow|operatorname\*?|textrm|fbox|boxed)\s*\{([^{}]*)\}",
+            r"{\1}",
+        ),
+        (r"\\(?:textbf|textit|textnormal|mbox|textsf)(?![A-Za-z])", r"\\text"),
+        (r"\\(?:leq|leqslant)(?![A-Za-z])", r"\\le"),
+        (r"\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge"),
+        (r"\\neq(?![A-Za-z])|!=", r"\\ne"),
+        (r"<=", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"\\lt(?![A-Za-z])", "<"),
+        (r"\\gt(?![A-Za-z])", ">"),
+        (r"\*\*", "^"),
+        (r"\\%|\\text\{\s*%\s*\}|\s*percent(?:age)?\b", "%"),
+        (r"\\varnothing|\\\{\s*\\\}|Ø", r"\\emptyset"),
+        (r"\\mathbb\s*\{?R\}?|\\Reals?\b|\\R\b", r"\\Reals"),
+        (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree|\bdegrees?\b", r"\\deg "),
+        (r"\\text\{\s*\\deg\s*\}", r"\\deg "),
+        (r"\\[lr]vert|\\mid(?![A-Za-z])|\\\||\\[lr]Vert", "|"),
+        (r"\.\s*$", ""),
+        (r"[ \t\n]+", " "),
+    )
+]
+WORDS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+    "twenty",
+]  # fmt: skip
+NUMBER_WORDS = {word: str(i) for i, word in enumerate(WORDS)}
+SYNONYMS = {
+    "dne": "doesnotexist",
+    "undefined": "doesnotexist",
+    "nosolutions": "nosolution",
+    "none": "nosolution",
+    "infinity": r"\infty",
+}
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 
@@ -162,12 +263,15 @@ def _repeating(m: re.Match) -> str:
 
 
 def clean(s: str) -> str:
-    """An answer without what carries no meaning: delimiters, spacing commands, variants of one command, digit grouping."""
+    """An answer without what carries no meaning: delimiters, spacing commands, variants of one
+    command, digit grouping."""
     s = s.strip()
     if len(s) > 20 * MAX_CHARS:
         return s
     if not s.isascii():
-        s = unicodedata.normalize("NFKC", re.sub(r"(?<=\d)(?=[\u00bd\u2153\u2154\u00bc\u00be])", " ", s.translate(TABLE)))
+        s = unicodedata.normalize(
+            "NFKC", re.sub(r"(?<=\d)(?=[\u00bd\u2153\u2154\u00bc\u00be])", " ", s.translate(TABLE))
+        )
     if "\\\\" in s and "\\begin" not in s:
         s = re.sub(r"\\\\(?=[A-Za-z(){}\[\]|,!;:$%])", r"\\", s)  # a doubled escape
     if m := re.fullmatch(r"\\[(\[](.*)\\[)\]]\.?", s, re.S):
@@ -181,13 +285,20 @@ def clean(s: str) -> str:
     s = REPEATING.sub(_repeating, s)
     if "\\approx" in s:
         left, _, right = s.partition("\\approx")
-        s = right if not left.strip() else s.replace("\\approx", "=", 1) if re.fullmatch(r"[A-Za-z](_\w)?", left.strip()) else left
+        s = (
+            right
+            if not left.strip()
+            else s.replace("\\approx", "=", 1)
+            if re.fullmatch(r"[A-Za-z](_\w)?", left.strip())
+            else left
+        )
     word = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", s).strip().lower()
     return NUMBER_WORDS.get(word, s.strip().rstrip(".;,").strip())
 
 
 def plain(s: str) -> str:
-    """For comparison as text: no spaces, markup or final stop; the case of words (not of single letters) ignored."""
+    """For comparison as text: no spaces, markup or final stop; the case of words (not of single
+    letters) ignored."""
     s = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", s) if len(s) <= 20 * MAX_CHARS else s
     s = re.sub(r"[A-Za-z]{2,}", lambda m: m.group().lower(), s)
     s = re.sub(r"[\s{}$\"'\u2018\u201c\u201d]|(?<!\d)\.|\.(?!\d)", "", s)
@@ -195,19 +306,79 @@ def plain(s: str) -> str:
     return SYNONYMS.get(s, s)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Text -> tree
 
-FUNCTIONS = ("arcsin", "arccos", "arctan", "arccot", "arcsec", "arccsc", "sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec", "csc",
-             "log", "ln", "lg", "exp", "sqrt", "cbrt", "abs", "floor", "ceil", "gcd", "lcm", "max", "min", "cis", "asin", "acos", "atan")
+FUNCTIONS = (
+    "arcsin",
+    "arccos",
+    "arctan",
+    "arccot",
+    "arcsec",
+    "arccsc",
+    "sinh",
+    "cosh",
+    "tanh",
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "log",
+    "ln",
+    "lg",
+    "exp",
+    "sqrt",
+    "cbrt",
+    "abs",
+    "floor",
+    "ceil",
+    "gcd",
+    "lcm",
+    "max",
+    "min",
+    "cis",
+    "asin",
+    "acos",
+    "atan",
+)
 NAMES = ("infinity", "infty", "theta", "alpha", "beta", "gamma", "lambda", "inf", "and", "or", "pi")
 WORD = re.compile("|".join(sorted(FUNCTIONS + NAMES, key=len, reverse=True)) + "|[A-Za-z]")
-TOKEN = re.compile(r"\\begin\{[a-z]*matrix\}|\\begin\{array\}\{[^{}]*\}|\\end\{[a-z]+\}|\\text\s*\{([^{}]*)\}|\\[A-Za-z]+|\\\\|\\.|"
-                   r"\d+(?:\.\d*)?(?:[eE][-+]?\d{1,4}(?![\dA-Za-z]))?|\.\d+|[A-Za-z]+|[-+*/^_=<>!(){}\[\]|,;:&%'⟨⟩]|\s+|.", re.S)
-RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\equiv": "equiv", r"\in": "in"}
-LETTERS = {"\\" + name for name in "delta epsilon varepsilon zeta eta kappa mu nu xi rho sigma tau phi varphi chi psi omega Delta Omega Phi ell".split()}
-STARTS = LETTERS | set(r"( [ { \{ \frac \sqrt \binom \langle \lfloor \lceil \Reals \emptyset \angle \triangle \overline \bar".split())
-PAIRS = {"(": ")", "[": ")", r"\{": r"\}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", "]": "["}
+TOKEN = re.compile(
+    r"\\begin\{[a-z]*matrix\}|\\begin\{array\}\{[^{}]*\}|\\end\{[a-z]+\}|\\text\s*\{([^{}]*)\}|\\[A-Za-z]+|\\\\|\\.|"
+    r"\d+(?:\.\d*)?(?:[eE][-+]?\d{1,4}(?![\dA-Za-z]))?|\.\d+|[A-Za-z]+|[-+*/^_=<>!(){}\[\]|,;:&%'⟨⟩]|\s+|.",
+    re.S,
+)
+RELATIONS = {
+    "=": "=",
+    "<": "<",
+    ">": ">",
+    r"\le": "<=",
+    r"\ge": ">=",
+    r"\ne": "!=",
+    r"\equiv": "equiv",
+    r"\in": "in",
+}
+LETTER_NAMES = [
+    "delta", "epsilon", "varepsilon", "zeta", "eta", "kappa", "mu", "nu", "xi", "rho", "sigma",
+    "tau", "phi", "varphi", "chi", "psi", "omega", "Delta", "Omega", "Phi", "ell",
+]  # fmt: skip
+LETTERS = {"\\" + name for name in LETTER_NAMES}
+OPENERS = [
+    r"(", r"[", r"{", r"\{", r"\frac", r"\sqrt", r"\binom", r"\langle", r"\lfloor", r"\lceil",
+    r"\Reals", r"\emptyset", r"\angle", r"\triangle", r"\overline", r"\bar",
+]  # fmt: skip
+STARTS = LETTERS | set(OPENERS)
+PAIRS = {
+    "(": ")",
+    "[": ")",
+    r"\{": r"\}",
+    r"\langle": r"\rangle",
+    r"\lfloor": r"\rfloor",
+    r"\lceil": r"\rceil",
+    "]": "[",
+}
 
 
 def tokenize(s: str) -> list:
@@ -216,18 +387,28 @@ def tokenize(s: str) -> list:
     for m in TOKEN.finditer(s):
         t = m.group()
         if m[1] is not None:
-            out.append(("op", w) if (w := m[1].strip().lower()) in ("and", "or", ",") else ("text", m[1].strip()))
+            out.append(
+                ("op", w)
+                if (w := m[1].strip().lower()) in ("and", "or", ",")
+                else ("text", m[1].strip())
+            )
         elif t[0].isdigit() or t[0] == "." and len(t) > 1:
             out.append(("num", t))
         elif t.isascii() and t.isalpha():
             pieces = WORD.findall(t)
-            if any(run for run in re.findall(r"(?:(?<= )|^)((?:[A-Za-z] ){3,})", " ".join(pieces) + " ") if set(run.lower()) & set("eiou")):
+            if any(
+                run
+                for run in re.findall(r"(?:(?<= )|^)((?:[A-Za-z] ){3,})", " ".join(pieces) + " ")
+                if set(run.lower()) & set("eiou")
+            ):
                 raise Limit  # a word, not a product of letters
             out += [("op", p) if p in ("and", "or") else ("word", p) for p in pieces]
         elif not t.isspace():
             if t == "\\" or (not t.isascii() and t not in "⟨⟩"):
                 raise Limit
-            out.append(("word", t[1:]) if t[1:] in FUNCTIONS + NAMES and t[0] == "\\" else ("op", t))
+            out.append(
+                ("word", t[1:]) if t[1:] in FUNCTIONS + NAMES and t[0] == "\\" else ("op", t)
+            )
     return out
 
 
@@ -238,7 +419,11 @@ class Parser:
         self.tokens, self.at, self.depth, self.sign, self.bars = tokenize(text), 0, 0, sign, 0
 
     def peek(self) -> str | None:
-        return self.tokens[self.at][1] if self.at < len(self.tokens) and self.tokens[self.at][0] != "text" else None
+        return (
+            self.tokens[self.at][1]
+            if self.at < len(self.tokens) and self.tokens[self.at][0] != "text"
+            else None
+        )
 
     def kind(self) -> str | None:
         return self.tokens[self.at][0] if self.at < len(self.tokens) else None
@@ -334,11 +519,22 @@ class Parser:
                 return tree
 
     def signed(self):
-        return ("neg", self.signed()) if self.take("-") else self.signed() if self.take("+") else self.power()
+        return (
+            ("neg", self.signed())
+            if self.take("-")
+            else self.signed()
+            if self.take("+")
+            else self.power()
+        )
 
     def starts_factor(self) -> bool:
         r"""Whether a factor follows without a sign: 2x, x(x+1), 2\pi r."""
-        return self.kind() in ("num", "word") or self.peek() in STARTS or self.peek() == "|" and not self.bars
+        return (
+            self.kind() in ("num", "word")
+            or self.peek() in STARTS
+            or self.peek() == "|"
+            and not self.bars
+        )
 
     def power(self):
         tree = self.atom()
@@ -367,7 +563,9 @@ class Parser:
             tree = self.items(("}",))
             self.need("}")
             return tree
-        if self.kind() == "num" and len(self.peek()) > 1 and self.peek().isdigit():  # \frac12, x^23: one digit
+        if (
+            self.kind() == "num" and len(self.peek()) > 1 and self.peek().isdigit()
+        ):  # \frac12, x^23: one digit
             digits = self.peek()
             self.tokens[self.at : self.at + 1] = [("num", digits[0]), ("num", digits[1:])]
         return self.atom()
@@ -388,12 +586,21 @@ class Parser:
             if self.kind() == "num":
                 top = self.peek()
                 self.at += 1
-                if self.take("/") and self.kind() == "num" and top.isdigit() and self.peek().isdigit() and int(self.peek()):
+                if (
+                    self.take("/")
+                    and self.kind() == "num"
+                    and top.isdigit()
+                    and self.peek().isdigit()
+                    and int(self.peek())
+                ):
                     self.at += 1
                     return ("num", value + Fraction(int(top), int(self.tokens[self.at - 1][1])))
             else:
                 fraction = self.atom()
-                if fraction[1][0] == fraction[2][0] == "num" and 0 < fraction[1][1] < fraction[2][1]:
+                if (
+                    fraction[1][0] == fraction[2][0] == "num"
+                    and 0 < fraction[1][1] < fraction[2][1]
+                ):
                     return ("num", value + fraction[1][1] / fraction[2][1])
             self.at = start
         return ("num", value)
@@ -412,7 +619,11 @@ class Parser:
             return self.function(t) if t in FUNCTIONS else self.symbol(t)
         if t in (r"\frac", r"\binom"):
             top = self.group()
-            return ("div", top, self.group()) if t == r"\frac" else ("fun", "binomial", top, self.group())
+            return (
+                ("div", top, self.group())
+                if t == r"\frac"
+                else ("fun", "binomial", top, self.group())
+            )
         if t == r"\sqrt":
             return self.root()
         if t == "|":
@@ -432,7 +643,11 @@ class Parser:
         if t.startswith(r"\begin"):
             return self.matrix(t)
         if t in (r"\emptyset", r"\Reals"):
-            return ("set",) if t == r"\emptyset" else ("tuple", "(", ")", ("neg", ("const", "inf")), ("const", "inf"))
+            return (
+                ("set",)
+                if t == r"\emptyset"
+                else ("tuple", "(", ")", ("neg", ("const", "inf")), ("const", "inf"))
+            )
         if t in (r"\angle", r"\triangle", r"\overline", r"\bar"):
             return ("sym", f"{t}{self.group()}")
         if t in LETTERS:
@@ -446,8 +661,12 @@ class Parser:
             return ("const", t)
         elif t in ("infty", "infinity", "inf"):
             return ("const", "inf")
-        following = [x for _, x in self.tokens[self.at : self.at + 3]]  # f(x + 1), V(t), I(0) are values of functions; x(x + 1) is a product
-        if following[:1] == ["("] and (t in "fgh" or following[2:] == [")"] and (t.isupper() or following[1] in ("t", "0"))):
+        following = [
+            x for _, x in self.tokens[self.at : self.at + 3]
+        ]  # f(x + 1), V(t), I(0) are values of functions; x(x + 1) is a product
+        if following[:1] == ["("] and (
+            t in "fgh" or following[2:] == [")"] and (t.isupper() or following[1] in ("t", "0"))
+        ):
             self.at += 1
             return ("sym", f"{t}{self.bracket('(')}")
         return ("sym", t)
@@ -466,7 +685,11 @@ class Parser:
             argument = self.bracket("(")
         else:  # \sin 2x: the factors up to the next sign or function
             argument = ("neg", self.power()) if self.take("-") else self.power()
-            while self.starts_factor() and self.kind() != "num" and self.peek() not in (*FUNCTIONS, "(", "|"):
+            while (
+                self.starts_factor()
+                and self.kind() != "num"
+                and self.peek() not in (*FUNCTIONS, "(", "|")
+            ):
                 argument = ("mul", argument, self.power())
         if power == ("neg", ("num", Fraction(1))) and f in ("sin", "cos", "tan"):
             f, power = "arc" + f, None
@@ -483,7 +706,9 @@ class Parser:
         return ("pow", radicand, ("div", ("num", Fraction(1)), index or ("num", Fraction(2))))
 
     def bracket(self, opening: str):
-        ends = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "⟨": ("⟩",)}.get(opening, (PAIRS.get(opening),))
+        ends = {"(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), "⟨": ("⟩",)}.get(
+            opening, (PAIRS.get(opening),)
+        )
         bars, self.bars = self.bars, 0
         tree = self.items(ends)
         closing = self.need(*ends)
@@ -497,7 +722,12 @@ class Parser:
             return tree
         if opening in (r"\langle", "⟨"):
             opening, closing = "(", ")"
-        return ("tuple", "(" if opening == "]" else opening, ")" if closing == "[" else closing, *items)
+        return (
+            "tuple",
+            "(" if opening == "]" else opening,
+            ")" if closing == "[" else closing,
+            *items,
+        )
 
     def matrix(self, begin: str):
         rows, row = [], []
@@ -538,15 +768,21 @@ def parse(s: str):
     return ("list", *items[0], *(t for t in items[1] if t not in items[0]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Values
 
 
 def name(tree) -> bool:
     """A left side that only names the value: x, f(x), AB, (p, q), S_1 : S_2, \\frac{NO}{BO}."""
-    return tree[0] in ("sym", "text") or tree == ("const", "i") or tree == ("const", "e") or (
-        tree[0] in ("mul", "div", "ratio") and all(name(t) for t in tree[1:])) or tree[0] == "tuple" and all(name(t) for t in tree[3:]) or (
-        tree[0] == "fun" and tree[1] == "abs" and name(tree[2]))
+    return (
+        tree[0] in ("sym", "text")
+        or tree == ("const", "i")
+        or tree == ("const", "e")
+        or (tree[0] in ("mul", "div", "ratio") and all(name(t) for t in tree[1:]))
+        or tree[0] == "tuple"
+        and all(name(t) for t in tree[3:])
+        or (tree[0] == "fun" and tree[1] == "abs" and name(tree[2]))
+    )
 
 
 @functools.lru_cache(4096)
@@ -567,7 +803,7 @@ _local = threading.local()
 
 
 def _mp():
-    """This thread's own arithmetic at DIGITS digits (mpmath's global context is shared between threads)."""
+    """This thread's own arithmetic at DIGITS digits (threads share mpmath's global context)."""
     if not hasattr(_local, "mp"):
         from mpmath.ctx_mp import MPContext
 
@@ -632,8 +868,8 @@ def rational(op: str, args: list[Fraction]) -> Fraction | None:
 
 
 class Value:
-    """Evaluates trees at a point {symbol: Fraction}, on a budget of nodes: exactly where the result is rational, else to 60 digits.
-    log10: what a bare \\log means."""
+    """Evaluates trees at a point {symbol: Fraction}, on a budget of nodes: exactly where the result
+    is rational, else to 60 digits. log10: what a bare \\log means."""
 
     def __init__(self, budget: list[int], point: dict, log10: bool = False):
         self.budget, self.point, self.log10, self.mp = budget, point, log10, _mp()
@@ -666,7 +902,9 @@ class Value:
         value = self.number(op, [real(a) for a in args], args)
         if mp.isnan(value) or (op != "neg" and mp.isinf(value)):
             raise Limit
-        if isinstance(value, mp.mpc) and abs(value.imag) < abs(value.real) * mp.mpf(10) ** (5 - DIGITS):
+        if isinstance(value, mp.mpc) and abs(value.imag) < abs(value.real) * mp.mpf(10) ** (
+            5 - DIGITS
+        ):
             value = value.real
         return value
 
@@ -674,7 +912,15 @@ class Value:
         """The operation on 60-digit numbers; `given` are the same with their exact values."""
         mp, x, y = self.mp, args[0], args[-1]
         if op in ("add", "mul", "div", "neg"):
-            return mp.fsum(args) if op == "add" else x * y if op == "mul" else x / y if op == "div" else -x
+            return (
+                mp.fsum(args)
+                if op == "add"
+                else x * y
+                if op == "mul"
+                else x / y
+                if op == "div"
+                else -x
+            )
         if op == "pow":
             if x == 0:
                 if isinstance(y, mp.mpc) or y < 0:
@@ -682,10 +928,18 @@ class Value:
                 return mp.mpf(y == 0)
             if abs(y) * (abs(mp.log(abs(x), 2)) + 1) > MAX_LOG2:
                 raise Limit
-            if isinstance(x, mp.mpf) and x < 0 and isinstance(q := given[1], Fraction) and q.denominator % 2 and q.denominator > 1:
+            if (
+                isinstance(x, mp.mpf)
+                and x < 0
+                and isinstance(q := given[1], Fraction)
+                and q.denominator % 2
+                and q.denominator > 1
+            ):
                 return (-1) ** q.numerator * (-x) ** y  # the real root
             return x**y
-        if abs(x) > (MAX_LOG2 / 2 if op in ("exp", "cis", "sinh", "cosh", "tanh") else mp.mpf(10) ** 30):
+        if abs(x) > (
+            MAX_LOG2 / 2 if op in ("exp", "cis", "sinh", "cosh", "tanh") else mp.mpf(10) ** 30
+        ):
             raise Limit
         if op == "log":
             return mp.log(x) / (mp.log(y) if len(args) == 2 else mp.log(10) if self.log10 else 1)
@@ -695,27 +949,55 @@ class Value:
         if op in ("floor", "ceil", "max", "min", "factorial", "binomial", "cbrt"):
             if not plain_real:
                 raise Limit
-            return {"floor": mp.floor, "ceil": mp.ceil, "max": max, "min": min, "factorial": mp.factorial, "binomial": mp.binomial,
-                    "cbrt": lambda a: mp.sign(a) * mp.cbrt(abs(a))}[op](*args)
+            return {
+                "floor": mp.floor,
+                "ceil": mp.ceil,
+                "max": max,
+                "min": min,
+                "factorial": mp.factorial,
+                "binomial": mp.binomial,
+                "cbrt": lambda a: mp.sign(a) * mp.cbrt(abs(a)),
+            }[op](*args)
         if len(args) > 1 or op not in FUNCTIONS:
             raise Limit
         return getattr(mp, op.replace("arc", "a"))(x)
 
 
 def _points(names: list[str]) -> list[dict]:
-    """Four fixed points: two positive, two of both signs. Letters that count (n, k, m) are whole numbers."""
+    """Four fixed points: two positive, two of both signs. Letters that count (n, k, m) are whole
+    numbers."""
     points = []
     for j in range(4):
         seeds = {s: zlib.crc32(f"{s}/{j}".encode()) for s in names}
-        points.append({s: Fraction(3 + seed % 37) if s in ("n", "k", "m", "N") else
-                       Fraction(seed % 9973 + 570, 3989) * (-1 if j >= 2 and (seed >> 16) % 2 == j % 2 else 1) for s, seed in seeds.items()})
+        points.append(
+            {
+                s: Fraction(3 + seed % 37)
+                if s in ("n", "k", "m", "N")
+                else Fraction(seed % 9973 + 570, 3989)
+                * (-1 if j >= 2 and (seed >> 16) % 2 == j % 2 else 1)
+                for s, seed in seeds.items()
+            }
+        )
     return points
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Equality of trees
 
-STRUCTURES = ("tuple", "list", "set", "union", "cap", "minus", "matrix", "rel", "mod", "ratio", "based", "text")
+STRUCTURES = (
+    "tuple",
+    "list",
+    "set",
+    "union",
+    "cap",
+    "minus",
+    "matrix",
+    "rel",
+    "mod",
+    "ratio",
+    "based",
+    "text",
+)
 
 
 class Same:
@@ -728,35 +1010,65 @@ class Same:
         if a == b:
             return True
         for x, y in ((a, b), (b, a)):
-            if x[0] == "rel" and set(x[1]) == {"="} and not (y[0] == "rel" and "=" in y[1]):  # x = 5 against 5
-                return (name(x[2]) and self(x[-1], y)) or (name(x[-1]) and len(x) == 4 and self(x[2], y)) or (
-                    not symbols(x) and x[2][0] not in STRUCTURES and all(self.scalars(x[2], t) for t in x[3:]) and self(x[-1], y))
+            if (
+                x[0] == "rel" and set(x[1]) == {"="} and not (y[0] == "rel" and "=" in y[1])
+            ):  # x = 5 against 5
+                return (
+                    (name(x[2]) and self(x[-1], y))
+                    or (name(x[-1]) and len(x) == 4 and self(x[2], y))
+                    or (
+                        not symbols(x)
+                        and x[2][0] not in STRUCTURES
+                        and all(self.scalars(x[2], t) for t in x[3:])
+                        and self(x[-1], y)
+                    )
+                )
         kinds = {a[0], b[0]}
         if kinds == {"rel"} and set(a[1]) == set(b[1]) == {"="}:
             return self.equations(a, b)
-        if kinds & {"list"} and any(t[0] == "rel" and t[1] != ("=",) for x in (a, b) if x[0] == "list" for t in x[1:]):
+        if kinds & {"list"} and any(
+            t[0] == "rel" and t[1] != ("=",) for x in (a, b) if x[0] == "list" for t in x[1:]
+        ):
             return self.regions(a, b)
         if kinds <= {"list", "set"}:
             return self.unordered(a[1:], b[1:])
         for x, y in ((a, b), (b, a)):
-            if x[0] in ("list", "set") and len(x) > 1 and y[0] not in STRUCTURES:  # {5}, or one value said twice
+            if (
+                x[0] in ("list", "set") and len(x) > 1 and y[0] not in STRUCTURES
+            ):  # {5}, or one value said twice
                 return all(self(t, y) for t in x[1:])
         if kinds & {"list"}:
             return False
         if a[0] == b[0] == "matrix":
-            return len(a) == len(b) and all(len(r) == len(s) and all(map(self, r, s)) for r, s in zip(a[1:], b[1:], strict=True))
+            return len(a) == len(b) and all(
+                len(r) == len(s) and all(map(self, r, s)) for r, s in zip(a[1:], b[1:], strict=True)
+            )
         for x, y in ((a, b), (b, a)):
             if x[0] == "matrix" and y[0] == "tuple":  # a vector as a column or a row
                 entries = [t for row in x[1:] for t in row]
-                return y[1:3] == ("(", ")") and 1 in (len(x) - 1, len(x[1])) and len(entries) == len(y) - 3 and all(map(self, entries, y[3:]))
+                return (
+                    y[1:3] == ("(", ")")
+                    and 1 in (len(x) - 1, len(x[1]))
+                    and len(entries) == len(y) - 3
+                    and all(map(self, entries, y[3:]))
+                )
         if a[0] == b[0] == "tuple" and a[1:3] == b[1:3]:
             return len(a) == len(b) and all(map(self, a[3:], b[3:]))
         if a[0] == b[0] == "mod":
             return self(a[1], b[1]) and self.scalars(a[3], b[3]) and self.congruent(a, b)
         if a[0] == b[0] == "ratio":
-            clock = [len(x) == 3 and len(x[2]) == 2 and x[2][0] == "num" and 10 <= x[2][1] < 60 for x in (a, b)]
-            return len(a) == len(b) and (all(map(self.scalars, a[1:], b[1:])) or not all(clock) and all(
-                self.scalars(("mul", a[1], y), ("mul", b[1], x)) for x, y in zip(a[2:], b[2:], strict=True)))
+            clock = [
+                len(x) == 3 and len(x[2]) == 2 and x[2][0] == "num" and 10 <= x[2][1] < 60
+                for x in (a, b)
+            ]
+            return len(a) == len(b) and (
+                all(map(self.scalars, a[1:], b[1:]))
+                or not all(clock)
+                and all(
+                    self.scalars(("mul", a[1], y), ("mul", b[1], x))
+                    for x, y in zip(a[2:], b[2:], strict=True)
+                )
+            )
         if "ratio" in kinds:
             x, y = (a, b) if a[0] == "ratio" else (b, a)
             return len(x) == 3 and y[0] == "div" and self.scalars(("div", x[1], x[2]), y)
@@ -768,37 +1080,69 @@ class Same:
 
     def unordered(self, xs, ys) -> bool:
         """Equal as sets: every item has its partner on the other side."""
-        return all(any(self(x, y) for y in ys) for x in xs) and all(any(self(x, y) for x in xs) for y in ys)
+        return all(any(self(x, y) for y in ys) for x in xs) and all(
+            any(self(x, y) for x in xs) for y in ys
+        )
 
     def equations(self, a, b) -> bool:
         if name(a[2]) and name(b[2]) and a[2] == b[2] and self(a[-1], b[-1]):
             return True
-        if any(len(x) != 4 or x[2][0] in STRUCTURES or x[3][0] in STRUCTURES for x in (a, b)) or symbols(a) != symbols(b):
+        if any(
+            len(x) != 4 or x[2][0] in STRUCTURES or x[3][0] in STRUCTURES for x in (a, b)
+        ) or symbols(a) != symbols(b):
             return False
-        f, g = (("add", x[2], ("neg", x[3])) for x in (a, b))  # f = 0 and g = 0 are the same curve if f / g is a constant
-        values = [(Value(self.budget, p)(f), Value(self.budget, p)(g)) for p in _points(sorted(symbols(a)))]
-        return all(v[0] != 0 and v[1] != 0 for v in values) and all(close(values[0][0] * g, values[0][1] * f) for f, g in values[1:])
+        f, g = (
+            ("add", x[2], ("neg", x[3])) for x in (a, b)
+        )  # f = 0 and g = 0 are the same curve if f / g is a constant
+        values = [
+            (Value(self.budget, p)(f), Value(self.budget, p)(g))
+            for p in _points(sorted(symbols(a)))
+        ]
+        return all(v[0] != 0 and v[1] != 0 for v in values) and all(
+            close(values[0][0] * g, values[0][1] * f) for f, g in values[1:]
+        )
 
     def congruent(self, a, b) -> bool:
         r, q, modulus = (Value(self.budget, {})(t) for t in (a[2], b[2], a[3]))
         return modulus > 0 and (r - q) % modulus == 0
 
-    # Sets of reals: intervals, unions, differences, inequalities. Two are equal if they agree at every end point, between and beyond.
+    # Sets of reals: intervals, unions, differences, inequalities. Two are equal if they agree at
+    # every end point, between and beyond.
 
     def regions(self, a, b) -> bool:
         names = [set(self.variables(x)) for x in (a, b)]
-        if a[0] == b[0] == "rel" and not (len(names[0]) == len(names[1]) == 1 and names[0] == names[1]):  # between expressions or several letters
-            return self.inequality(a, b) or a[1] == b[1] and len(a) == len(b) and all(map(self, a[2:], b[2:]))
+        if a[0] == b[0] == "rel" and not (
+            len(names[0]) == len(names[1]) == 1 and names[0] == names[1]
+        ):  # between expressions or several letters
+            return (
+                self.inequality(a, b)
+                or a[1] == b[1]
+                and len(a) == len(b)
+                and all(map(self, a[2:], b[2:]))
+            )
         if names[0] and names[1] and names[0] != names[1]:
             return False
         if max(map(len, names)) > 1 or any(symbols(t) for x in (a, b) for t in self.ends(x)):
             if a[0] == b[0]:
-                return self.inequality(a, b) if a[0] == "rel" else a[0] in ("union", "cap") and self.unordered(a[1:], b[1:])
+                return (
+                    self.inequality(a, b)
+                    if a[0] == "rel"
+                    else a[0] in ("union", "cap") and self.unordered(a[1:], b[1:])
+                )
             x, y = (a, b) if b[0] == "tuple" else (b, a)  # a < x < b
-            return x[0] == "rel" and len(x) == 5 and set(x[1]) <= {"<", "<="} and y[0] == "tuple" and y[1:3] == (
-                "(["[x[1][0] == "<="], ")]"[x[1][1] == "<="]) and self(x[2], y[3]) and self(x[4], y[4])
+            return (
+                x[0] == "rel"
+                and len(x) == 5
+                and set(x[1]) <= {"<", "<="}
+                and y[0] == "tuple"
+                and y[1:3] == ("(["[x[1][0] == "<="], ")]"[x[1][1] == "<="])
+                and self(x[2], y[3])
+                and self(x[4], y[4])
+            )
         mp, value = _mp(), Value(self.budget, {})
-        ends = sorted({v for x in (a, b) for t in self.ends(x) if isinstance(v := real(value(t)), mp.mpf)})
+        ends = sorted(
+            {v for x in (a, b) for t in self.ends(x) if isinstance(v := real(value(t)), mp.mpf)}
+        )
         finite = []
         for v in ends:
             if not mp.isinf(v) and not (finite and close(v, finite[-1])):
@@ -806,14 +1150,23 @@ class Same:
         if not finite:
             probes = [mp.mpf(0)]
         else:
-            probes = [finite[0] - 1, *finite, *((u + v) / 2 for u, v in zip(finite, finite[1:])), finite[-1] + 1]
+            probes = [
+                finite[0] - 1,
+                *finite,
+                *((u + v) / 2 for u, v in zip(finite, finite[1:], strict=False)),
+                finite[-1] + 1,
+            ]
         return all(self.inside(a, p) == self.inside(b, p) for p in probes)
 
     def variables(self, tree) -> list:
         """The unknowns of inequalities in the tree."""
         if tree[0] == "rel":
             return [t for t in tree[2:] if name(t)]
-        return [v for t in tree[1:] if isinstance(t, tuple) for v in self.variables(t)] if tree[0] in ("list", "union", "cap", "minus") else []
+        return (
+            [v for t in tree[1:] if isinstance(t, tuple) for v in self.variables(t)]
+            if tree[0] in ("list", "union", "cap", "minus")
+            else []
+        )
 
     def ends(self, tree) -> list:
         if tree[0] == "tuple" and len(tree) == 5:
@@ -833,8 +1186,12 @@ class Same:
             low, high = value(tree[3]), value(tree[4])
             if low > high:
                 raise Limit  # a pair, not an interval
-            return (low < p or tree[1] == "[" and close(low, p)) and (p < high or tree[2] == "]" and close(high, p)) and not (
-                tree[1] == "(" and close(low, p)) and not (tree[2] == ")" and close(high, p))
+            return (
+                (low < p or tree[1] == "[" and close(low, p))
+                and (p < high or tree[2] == "]" and close(high, p))
+                and not (tree[1] == "(" and close(low, p))
+                and not (tree[2] == ")" and close(high, p))
+            )
         if op == "set":
             return any(close(value(t), p) for t in tree[1:])
         if op in ("union", "list"):
@@ -844,7 +1201,14 @@ class Same:
         values = [p if name(t) else value(t) for t in tree[2:]]
         for relation, x, y in zip(tree[1], values, values[1:], strict=False):
             equal = close(x, y)
-            if not {"=": equal, "!=": not equal, "<": x < y and not equal, ">": x > y and not equal, "<=": x < y or equal, ">=": x > y or equal}[relation]:
+            if not {
+                "=": equal,
+                "!=": not equal,
+                "<": x < y and not equal,
+                ">": x > y and not equal,
+                "<=": x < y or equal,
+                ">=": x > y or equal,
+            }[relation]:
                 return False
         return True
 
@@ -856,24 +1220,43 @@ class Same:
         if 0 in signs or a[1][0][1:] != b[1][0][1:]:
             return False
         f, g = (("add", x[2], ("neg", x[3])) for x in (a, b))
-        values = [(signs[0] * Value(self.budget, p)(f), signs[1] * Value(self.budget, p)(g)) for p in _points(sorted(symbols(a)))]
-        return all(f * g > 0 for f, g in values) and all(close(values[0][0] * g, values[0][1] * f) for f, g in values[1:])
+        values = [
+            (signs[0] * Value(self.budget, p)(f), signs[1] * Value(self.budget, p)(g))
+            for p in _points(sorted(symbols(a)))
+        ]
+        return all(f * g > 0 for f, g in values) and all(
+            close(values[0][0] * g, values[0][1] * f) for f, g in values[1:]
+        )
 
     def scalars(self, a, b) -> bool:
         if any(x[0] in STRUCTURES for x in (a, b)):
             return self(a, b) if all(x[0] in STRUCTURES for x in (a, b)) else False
         for d, other in ((a, b), (b, a)):  # a decimal against another exact value
             inner = d[1] if d[0] == "neg" else d
-            if inner[0] == "dec" and not symbols(other) and other[0] != "dec" and (other[0] != "neg" or other[1][0] != "dec"):
+            if (
+                inner[0] == "dec"
+                and not symbols(other)
+                and other[0] != "dec"
+                and (other[0] != "neg" or other[1][0] != "dec")
+            ):
                 value = Value(self.budget, {})
                 x, y = value(d), value(other)
                 if x == y or inner[2] < 10:
                     return isinstance(y, Fraction) and x == y
-                return abs(x - y) < inner[3] if isinstance(y, Fraction) else abs(real(x) - y) < real(inner[3])
-        return self.agree(a, b, False) or contains(("add", a, b), ("fun", "log")) and self.agree(a, b, True)
+                return (
+                    abs(x - y) < inner[3]
+                    if isinstance(y, Fraction)
+                    else abs(real(x) - y) < real(inner[3])
+                )
+        return (
+            self.agree(a, b, False)
+            or contains(("add", a, b), ("fun", "log"))
+            and self.agree(a, b, True)
+        )
 
     def agree(self, a, b, log10: bool) -> bool:
-        """Equal at the points where both are real; at all of them where neither side stays real or i occurs."""
+        """Equal at the points where both are real; at all of them where neither side stays real or
+        i occurs."""
         mp, anywhere, compared = _mp(), contains(("add", a, b), ("const", "i")), 0
         names = sorted(symbols(a) | symbols(b))
         pairs = []
@@ -890,13 +1273,29 @@ class Same:
         return compared > 0 or bool(pairs) and all(close(*p) for p in pairs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Equality of answers
 
-UNIT = re.compile(r"(?:(?<=[\d})!.\]])|(?<=\\pi))\s*((?:\\deg|%|\\text\s*\{[^{}]*\}|\b(?:cm|mm|km|kg|ft|mi|lbs?|hrs?|mph|[mMgsL](?=$))\b|"
-                  r"(?<![A-Za-z\\])(?!and\b|or\b|pi\b|sqrt|sin|cos|tan|log)[A-Za-z]{3,}\b|[/. ]|\^\{?[23]\}?)+)$")
-UNIT_WORDS = [(re.compile(a), b) for a, b in ((r"meters?|metres?", "m"), (r"centim", "cm"), (r"seconds?|sec\b", "s"), (r"hours?|hrs?\b", "h"), (r"minutes?|mins?\b", "min"),
-                                             (r"\bper\b", "/"), (r"squared?|sq", "^2"), (r"inch(?:es)?", "in"), (r"f(?:ee|oo)t", "ft"), (r"(?<=[a-z]{3})s\b", ""), (r"[\s{}.]|text|\\", ""))]
+UNIT = re.compile(
+    r"(?:(?<=[\d})!.\]])|(?<=\\pi))\s*((?:\\deg|%|\\text\s*\{[^{}]*\}|\b(?:cm|mm|km|kg|ft|mi|lbs?|hrs?|mph|[mMgsL](?=$))\b|"
+    r"(?<![A-Za-z\\])(?!and\b|or\b|pi\b|sqrt|sin|cos|tan|log)[A-Za-z]{3,}\b|[/. ]|\^\{?[23]\}?)+)$"
+)
+UNIT_WORDS = [
+    (re.compile(a), b)
+    for a, b in (
+        (r"meters?|metres?", "m"),
+        (r"centim", "cm"),
+        (r"seconds?|sec\b", "s"),
+        (r"hours?|hrs?\b", "h"),
+        (r"minutes?|mins?\b", "min"),
+        (r"\bper\b", "/"),
+        (r"squared?|sq", "^2"),
+        (r"inch(?:es)?", "in"),
+        (r"f(?:ee|oo)t", "ft"),
+        (r"(?<=[a-z]{3})s\b", ""),
+        (r"[\s{}.]|text|\\", ""),
+    )
+]
 
 
 def split_unit(s: str) -> tuple[str, str]:
@@ -914,7 +1313,10 @@ def split_unit(s: str) -> tuple[str, str]:
 
 def _choice(s: str) -> str | None:
     """The letter of "(C)", "C", "C.", "(C) 12"."""
-    m = re.match(r"\(?([A-J])(?:\)|[.:](?=\s|$)|$)(?!\s*(?:[-+*/^=(,&]|and\b|or\b))", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", s).strip())
+    m = re.match(
+        r"\(?([A-J])(?:\)|[.:](?=\s|$)|$)(?!\s*(?:[-+*/^=(,&]|and\b|or\b))",
+        re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", s).strip(),
+    )
     return m[1] if m else None
 
 
@@ -924,7 +1326,12 @@ def _compare(p: str, g: str) -> bool:
     for s, other in ((p, g), (g, p)):
         grouped = THOUSANDS.search(s)
         forms = {THOUSANDS.sub(lambda m: m.group().replace(",", ""), s)} if grouped else {s}
-        if grouped and (re.search(r"[(\[]|\\\{", s) or not THOUSANDS.search(other) and "," in other and not re.search(r",0\d\d", s)):
+        if grouped and (
+            re.search(r"[(\[]|\\\{", s)
+            or not THOUSANDS.search(other)
+            and "," in other
+            and not re.search(r",0\d\d", s)
+        ):
             forms.add(s)
         readings.append(forms)
     for x in readings[0]:
@@ -932,13 +1339,23 @@ def _compare(p: str, g: str) -> bool:
             try:
                 if Same()(parse(x), parse(y)):
                     return True
-            except (Limit, ZeroDivisionError, ArithmeticError, ValueError, TypeError, KeyError, RecursionError, MemoryError):
+            except (
+                Limit,
+                ZeroDivisionError,
+                ArithmeticError,
+                ValueError,
+                TypeError,
+                KeyError,
+                RecursionError,
+                MemoryError,
+            ):
                 pass
     return False
 
 
 def is_equal(prediction: str, gold: str) -> bool:
-    """Whether two answers are the same. Symmetric but for multiple choice, where the gold is the letter. Never raises."""
+    """Whether two answers are the same. Symmetric but for multiple choice, where the gold is the
+    letter. Never raises."""
     p, g = clean(prediction), clean(gold)
     if not p or not g:
         return False
@@ -947,25 +1364,40 @@ def is_equal(prediction: str, gold: str) -> bool:
     same_text = plain(p) == plain(g) != ""
     if len(p) > MAX_CHARS or len(g) > MAX_CHARS:
         return same_text
-    if any(re.search(r"\\\$|[€£]", x) and re.search(r"%|percent", y) for x, y in ((prediction, gold), (gold, prediction))):
+    if any(
+        re.search(r"\\\$|[€£]", x) and re.search(r"%|percent", y)
+        for x, y in ((prediction, gold), (gold, prediction))
+    ):
         return False  # dollars are no percent
     if (letter := _choice(g)) and len(plain(g).strip("()")) == 1 and _choice(p) == letter:
         return True
     if same_text or _compare(p, g):
         return True
     (pv, pu), (gv, gu) = split_unit(p), split_unit(g)
-    if bool(pu) != bool(gu) or pu and pu == gu:
-        if pv and gv and (pv == gv or _compare(pv, gv)):
-            return True
+    units_fit = bool(pu) != bool(gu) or (pu and pu == gu)
+    if units_fit and pv and gv and (pv == gv or _compare(pv, gv)):
+        return True
     if "text" in p + g or not re.search(r"\d|\\", p + g):  # names in any order
-        parts = [sorted(plain(t) for t in re.split(r",|;|\band\b|\bor\b", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", s)) if t.strip()) for s in (p, g)]
+        parts = [
+            sorted(
+                plain(t)
+                for t in re.split(r",|;|\band\b|\bor\b", re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", s))
+                if t.strip()
+            )
+            for s in (p, g)
+        ]
         return parts[0] == parts[1] and len(parts[0]) > 1
     return False
 
 
 def _gold(gold: str) -> str:
     """A gold answer may come as a whole solution."""
-    if "\\boxed" in gold or "\\fbox" in gold or "####" in gold or len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{4,}", gold[:5000])) > 10:
+    if (
+        "\\boxed" in gold
+        or "\\fbox" in gold
+        or "####" in gold
+        or len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{4,}", gold[:5000])) > 10
+    ):
         return extract_answer(gold) or gold
     return gold
 
@@ -978,20 +1410,30 @@ def grade(response: str, gold: str) -> bool:
     return is_equal(answer, _gold(gold))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def main(paths: list[str]) -> int:
     if not paths or paths[0] in ("-h", "--help"):
-        print("usage: python checker.py CASES.jsonl ...   rows with response, gold and, to count errors, expect (true or false)")
+        print(
+            "usage: python checker.py CASES.jsonl ...   "
+            "rows with response, gold and, to count errors, expect (true or false)"
+        )
         return 0 if paths else 2
     for path in paths:
         try:
-            rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [
+                json.loads(line)
+                for line in Path(path).read_text(encoding="utf-8").splitlines()
+                if line.strip()
+            ]
             if missing := {"response", "gold"} - set.intersection(*(set(r) for r in rows)):
                 raise ValueError(f"rows without {' and '.join(sorted(missing))}")
         except (OSError, ValueError, TypeError) as e:
-            print(f"checker.py: {path}: {str(e).splitlines()[0] if str(e) else 'no rows'}", file=sys.stderr)
+            print(
+                f"checker.py: {path}: {str(e).splitlines()[0] if str(e) else 'no rows'}",
+                file=sys.stderr,
+            )
             return 2
         times, wrong = [], []
         for row in rows:
@@ -1001,14 +1443,23 @@ def main(paths: list[str]) -> int:
             if "expect" in row and verdict != row["expect"]:
                 wrong.append((row, verdict))
         for row, verdict in wrong:
-            print(f"{'false accept' if verdict else 'false reject'} {row.get('id', '')}: {row['gold'][:100]!r} against {(extract_answer(row['response']) or '')[:100]!r}")
+            print(
+                f"{'false accept' if verdict else 'false reject'} {row.get('id', '')}: "
+                f"{row['gold'][:100]!r} against {(extract_answer(row['response']) or '')[:100]!r}"
+            )
         times.sort()
         report = f"{path}: {len(rows)} rows; "
         if judged := sum("expect" in r for r in rows):
             accepts = sum(v for _, v in wrong)
-            report += f"{100 * (1 - len(wrong) / judged):.2f}% right, {accepts} false accepts, {len(wrong) - accepts} false rejects; "
+            report += (
+                f"{100 * (1 - len(wrong) / judged):.2f}% right, {accepts} false accepts, "
+                f"{len(wrong) - accepts} false rejects; "
+            )
         median, p99 = times[len(times) // 2], times[int(len(times) * 0.99)]
-        print(f"{report}median {1e3 * median:.3f} ms, p99 {1e3 * p99:.2f} ms, longest {1e3 * times[-1]:.1f} ms")
+        print(
+            f"{report}median {1e3 * median:.3f} ms, p99 {1e3 * p99:.2f} ms, "
+            f"longest {1e3 * times[-1]:.1f} ms"
+        )
     return 0
 
 

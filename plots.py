@@ -1,21 +1,26 @@
 """Pictures from run folders and evaluation folders.
 
-    python plots.py runs/fomaml runs/joint --out comparison.png      # training and evaluation curves of runs, over each other
-    python plots.py runs/amft runs/rl runs/sft --out dynamics.png     # mu, entropy, reward, length and accuracy of amft.py's methods
-    python plots.py evals/study --out few_shot.png                    # few-shot curves with bands, loss over adaptation steps
-    python plots.py evals/math evals/gsm8k --out accuracy.png         # benchmark accuracy with 95% intervals
+    # runs over each other: losses, accuracy, gain of adaptation; of amft.py mu, entropy, reward
+    python plots.py runs/fomaml runs/joint --out comparison.png
+    python plots.py runs/amft runs/rl runs/sft --out dynamics.png
+    # few-shot curves with bands; benchmark accuracy with 95% intervals
+    python plots.py evals/study --out few_shot.png
+    python plots.py evals/math evals/gsm8k --out accuracy.png
 
-What a folder holds decides its panels; folders of any kinds may be mixed. Runs that differ in nothing but the seed become one line,
-their mean, with a band from the lowest to the highest. Raw values are faint, smoothed ones strong; dashed is before adaptation.
+What a folder holds decides its panels; folders of any kinds may be mixed. Runs that differ in
+nothing but the seed become one line, their mean, with a band from the lowest to the highest. Raw
+values are faint, smoothed ones strong. Dashed, with open points, is before adaptation.
 """
 
 import json
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -23,46 +28,98 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tyro
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: colour-blind safe
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "axes.titlesize": 10.5,
-         "lines.linewidth": 1.8, "legend.frameon": False, "legend.fontsize": 8.5, "savefig.dpi": 150, "figure.constrained_layout.use": True}
+# Okabe and Ito: can be told apart by the colour-blind
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#777777"
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 10.5,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 3.5,
+    "lines.dashed_pattern": (3.0, 1.5),
+    "lines.dotted_pattern": (1.0, 1.2),
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 3.6,  # three dashes
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+}
+# How a line is drawn, as matplotlib's properties
+SOLID = {"linestyle": "-"}
+DASHED = {"linestyle": "--"}
+AFTER = {"linestyle": "-", "marker": "o"}
+BEFORE = {"linestyle": "--", "marker": "o", "markerfacecolor": "white"}
+TEST_SETS = (AFTER, BEFORE, {"linestyle": ":", "marker": "s", "markerfacecolor": "white"})
 
 
-def read(run: Path, name: str) -> list[dict]:
-    file = Path(run) / name
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+class Panel(NamedTuple):
+    title: str
+    ylabel: str
+    xlabel: str
+    draw: Callable  # draw(axis)
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean over a centred window that shrinks at both ends."""
-    half = window // 2
-    return [sum(values[max(0, i - half) : i + half + 1]) / len(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+@dataclass
+class Setting:
+    """Runs that differ in nothing but the seed: of each its metrics and its evaluations."""
+
+    label: str
+    colour: str
+    metrics: list[list[dict]]
+    evaluations: list[list[dict]]
+
+    def has(self, name: str) -> bool:
+        """Whether a run logged this metric."""
+        return any(name in row for rows in self.metrics for row in rows)
 
 
-def settings(run: Path) -> str:
+Series = list[tuple[float, float]]  # points (x, y)
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(folder: Path, name: str) -> list[dict]:
+    """Rows of a .jsonl file; none where there is no file. A kill may leave half a line."""
+    file = Path(folder) / name
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def seedless_args(run: Path) -> str:
     """What must be equal for two runs to be seeds of one setting."""
     file = run / "args.json"
-    args = json.loads(file.read_text()).get("args", {}) if file.exists() else {"run": str(run)}
-    return json.dumps({k: v for k, v in args.items() if k not in ("seed", "output_dir", "resume")}, sort_keys=True)
+    if not file.exists():
+        return str(run)
+    args = json.loads(file.read_text()).get("args", {})
+    free = ("seed", "output_dir", "resume")
+    return json.dumps({k: v for k, v in args.items() if k not in free}, sort_keys=True)
 
 
-def line(axis, series: list[list[tuple[float, float]]], colour: str, style: str = "-", label: str | None = None, window: int = 1, marker: str | None = None) -> None:
-    """One setting: a single seed as a line over its faint raw values, several as their mean and range."""
-    series = [s for s in series if s]
-    if not series:
-        return
-    common = sorted(set.intersection(*({x for x, _ in s} for s in series)))
-    columns = [[dict(s)[x] for s in series] for x in common]
-    mean = [sum(c) / len(c) for c in columns]
-    smoothed = smooth(mean, window) if window > 1 else mean
-    if len(series) > 1:
-        low, high = [min(c) for c in columns], [max(c) for c in columns]
-        if window > 1:
-            low, high = smooth(low, window), smooth(high, window)
-        axis.fill_between(common, low, high, color=colour, alpha=0.18, linewidth=0)
-    elif window > 1:
-        axis.plot(common, mean, color=colour, alpha=0.2, linewidth=1)
-    axis.plot(common, smoothed, style, color=colour, label=label, marker=marker, markersize=3.5)
+def settings_of(runs: Iterable[Path], names: dict[Path, str]) -> list[Setting]:
+    """Runs as settings, each with the name of its first run and a colour."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[seedless_args(run)].append(run)
+    settings = []
+    for i, seeds in enumerate(groups.values()):
+        setting = Setting(
+            label=names.get(seeds[0], seeds[0].resolve().name),
+            colour=COLOURS[i % len(COLOURS)],
+            metrics=[read(run, "metrics.jsonl") for run in seeds],
+            evaluations=[read(run, "evaluations.jsonl") for run in seeds],
+        )
+        settings.append(setting)
+    return settings
 
 
 def model_name(model: str) -> str:
@@ -71,184 +128,362 @@ def model_name(model: str) -> str:
     return path.parent.name if path.name in ("checkpoint", "merged") else path.name
 
 
-def training_panels(groups: dict[str, list[Path]]) -> list:
-    """[(title, ylabel, xlabel, draw(axis))] for folders with metrics.jsonl."""
-    metrics = {label: [read(r, "metrics.jsonl") for r in runs] for label, runs in groups.items()}
-    evaluations = {label: [read(r, "evaluations.jsonl") for r in runs] for label, runs in groups.items()}
-    single = len(groups) == 1
+# --------------------------------------------------------------------------------------------------
+# Lines
 
-    def curve(key):
-        def draw(axis):
-            for colour, (label, seeds) in zip(COLOURS * len(groups), metrics.items()):
-                series = [[(m["step"], m[key]) for m in rows if m.get(key) == m.get(key) and key in m] for rows in seeds]
-                line(axis, series, colour, label=None if single else label, window=max(3, max(map(len, series)) // 10))
-        return draw
 
-    def evaluation(key, scale):
-        def draw(axis):
-            for colour, (label, seeds) in zip(COLOURS * len(groups), evaluations.items()):
-                for when, style in (("before", "--"), ("after", "-")):
-                    series = [[(r["step"], scale * r["mean"][f"{key}_{when}"]) for r in rows if f"{key}_{when}" in r["mean"]] for rows in seeds]
-                    line(axis, series, colour, style, f"{when} adaptation" if single else label if when == "after" else None, marker="o")
-            if key == "accuracy":
-                axis.set_ylim(0, None)
-        return draw
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Mean over a centred window that shrinks at both ends."""
+    half = window // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(w) / len(w) for w in windows]
 
-    def gains(axis):
-        names = list(next(iter(evaluations.values()))[0][-1]["tasks"])[::-1]
-        bars = [("before training", "#BBBBBB", 0)] if single else []
-        bars += [(label if not single else "after training", COLOURS[i % len(COLOURS)], -1) for i, label in enumerate(groups)]
-        for j, (label, colour, at) in enumerate(bars):
-            rows = [seed[at] for seed in (evaluations[label] if not single else next(iter(evaluations.values()))) if seed]
-            values = [sum(r["tasks"][n]["loss_before"] - r["tasks"][n]["loss_after"] for r in rows if n in r["tasks"]) / len(rows) for n in names]
-            axis.barh([i + 0.8 * (len(bars) - 1 - j) / len(bars) for i in range(len(names))], values, 0.8 / len(bars), color=colour, label=label)
-        axis.set_yticks([i + 0.4 - 0.4 / len(bars) for i in range(len(names))], [n.split("/")[-1].replace("_", " ") for n in names], fontsize=8)
-        axis.grid(axis="y", visible=False)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.4, -0.2), ncols=2)
 
-    panels = [("training tasks, after adaptation", "query loss (nats/token)", "meta-step", curve("meta/loss"))]
-    if any(rows for seeds in evaluations.values() for rows in seeds):
-        panels.append(("evaluation tasks", "test loss (nats/token)", "meta-step", evaluation("loss", 1)))
-        if any("accuracy_after" in r["mean"] for seeds in evaluations.values() for rows in seeds for r in rows):
-            panels.append(("evaluation tasks", "exact answers (%)", "meta-step", evaluation("accuracy", 100)))
-        panels.append(("gain of adaptation by task", "", "loss before - after (nats/token)", gains))
+def line(
+    axis,
+    seeds: list[Series],
+    colour: str,
+    style: dict = SOLID,
+    label: str | None = None,
+    window: int = 1,
+) -> None:
+    """One setting: a single seed as a line over its faint raw values, several as mean and range."""
+    seeds = [dict(series) for series in seeds if series]
+    if not seeds:
+        return
+    xs = sorted(set.intersection(*map(set, seeds)))
+    columns = [[series[x] for series in seeds] for x in xs]
+    mean = [sum(column) / len(column) for column in columns]
+    if len(seeds) > 1:
+        low, high = smooth(list(map(min, columns)), window), smooth(list(map(max, columns)), window)
+        axis.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
+    elif window > 1:
+        axis.plot(xs, mean, color=colour, alpha=0.2, linewidth=1)
+    axis.plot(xs, smooth(mean, window), color=colour, label=label, **style)
+
+
+def name_style(axis, style: dict, label: str) -> None:
+    """Says in the legend what a style means, where colours tell runs apart."""
+    axis.plot([], [], color=GREY, label=label, **style)
+
+
+def from_zero(axis) -> None:
+    """The axis starts at 0, with room for a line that lies there."""
+    top = max(1.0, axis.get_ylim()[1])
+    axis.set_ylim(-0.04 * top, top)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs of fomaml.py and meta_lora.py
+
+
+def training_panels(settings: list[Setting]) -> list[Panel]:
+    panels = [
+        Panel(
+            "training tasks, after adaptation",
+            "query loss (nats/token)",
+            "meta-step",
+            partial(draw_metric, settings, "meta/loss", 10),
+        )
+    ]
+    rows = all_evaluations(settings)
+    if not rows:
+        return panels
+    losses = partial(draw_adaptation, settings, "loss", 1)
+    panels.append(Panel("evaluation tasks", "test loss (nats/token)", "meta-step", losses))
+    if any("accuracy_after" in row["mean"] for row in rows):
+        accuracies = partial(draw_adaptation, settings, "accuracy", 100)
+        panels.append(Panel("evaluation tasks", "exact answers (%)", "meta-step", accuracies))
+    gains = partial(draw_gains, settings)
+    panels.append(
+        Panel("gain of adaptation by task", "", "loss before - after (nats/token)", gains)
+    )
     return panels
 
 
-def dynamics_panels(groups: dict[str, list[Path]]) -> list:
-    """Panels for runs of amft.py: accuracy on each test set, reward, mu, entropy with its target, response length, what moved mu."""
-    metrics = {label: [read(r, "metrics.jsonl") for r in runs] for label, runs in groups.items()}
-    evaluations = {label: [read(r, "evaluations.jsonl") for r in runs] for label, runs in groups.items()}
-    single = len(groups) == 1
+def all_evaluations(settings: list[Setting]) -> list[dict]:
+    rows = []
+    for setting in settings:
+        for seed in setting.evaluations:
+            rows += seed
+    return rows
 
-    def accuracy(axis):
-        for colour, (label, seeds) in zip(COLOURS * len(groups), evaluations.items()):
-            for k, (name, style) in enumerate(zip(names, ("-", "--", ":"), strict=False)):
-                series = [[(r["step"], 100 * r["tasks"][name]["accuracy"]) for r in rows if name in r["tasks"]] for rows in seeds]
-                line(axis, series, colour, style, name if single else label if k == 0 else None, marker="o")
-        if not single and len(names) > 1:
-            axis.set_title(f"{names[0]} (dashed: {names[1]})")
-        axis.set_ylim(0, None)
 
-    def curve(key, target=None, scale=1.0):
-        def draw(axis):
-            for colour, (label, seeds) in zip(COLOURS * len(groups), metrics.items()):
-                series = [[(m["step"], scale * m[key]) for m in rows if key in m] for rows in seeds]
-                line(axis, series, colour, label=None if single else label, window=1 if key == "mu" else max(3, max(map(len, series)) // 12))
-                if target and any(target in m for rows in seeds for m in rows):
-                    line(axis, [[(m["step"], m[target]) for m in rows if target in m] for rows in seeds], colour, "--", label="H* (target)" if single else None)
-        return draw
+def draw_metric(settings: list[Setting], name: str, windows: int, axis) -> None:
+    """A metric over the steps, smoothed over a part of them: 1/windows. windows 0: as it is."""
+    for setting in settings:
+        seeds = []
+        for rows in setting.metrics:
+            rows = [row for row in rows if name in row]
+            # a skipped step's loss is nan, which equals nothing
+            seeds.append([(row["step"], row[name]) for row in rows if row[name] == row[name]])
+        window = max(3, max(map(len, seeds)) // windows) if windows else 1
+        label = setting.label if len(settings) > 1 else None
+        line(axis, seeds, setting.colour, label=label, window=window)
 
-    def contributions(axis):
-        label, seeds = next(iter(metrics.items()))
-        for colour, (key, name) in zip(COLOURS, (("mu_change/meta_gradient", "meta-gradient"), ("mu_change/entropy", "entropy term"))):
-            total, series = 0.0, []
-            for m in seeds[0]:
-                total += m.get(key, 0.0)
-                series.append((m["step"], total))
-            line(axis, [series], colour, label=name)
+
+def draw_adaptation(settings: list[Setting], quantity: str, scale: float, axis) -> None:
+    """Loss or accuracy on the evaluation tasks before and after adaptation, over the steps.
+
+    The legend tells the two apart; which run has which colour, the first panel's says.
+    """
+    single = len(settings) == 1
+    for when, style in (("before", BEFORE), ("after", AFTER)):
+        name, label = f"{quantity}_{when}", f"{when} adaptation"
+        for setting in settings:
+            seeds = []
+            for rows in setting.evaluations:
+                rows = [row for row in rows if name in row["mean"]]
+                seeds.append([(row["step"], scale * row["mean"][name]) for row in rows])
+            line(axis, seeds, setting.colour, style, label if single else None)
         if not single:
-            axis.set_title(f"what moved mu ({label})")
+            name_style(axis, style, label)
+    if quantity == "accuracy":
+        from_zero(axis)
 
-    names = list(dict.fromkeys(n for seeds in evaluations.values() for rows in seeds for r in rows[:1] for n in r["tasks"]))
-    panels = [("test sets, greedy", "accuracy (%)", "step", accuracy)]
-    for key, title, ylabel, target in (("reward/mean", "reward of own samples", "mean reward", None), ("mu", "weight of imitation", "mu", None),
-                                       ("entropy", "policy entropy", "nats/token", "entropy_target"), ("response_length", "response length", "tokens", None)):
-        if any(key in m for seeds in metrics.values() for rows in seeds for m in rows):
-            panels.append((title, ylabel, "step", curve(key, target)))
-    if any(m.get("mu_change/entropy") or m.get("mu_change/meta_gradient") for rows in next(iter(metrics.values())) for m in rows):
-        panels.append(("what moved mu", "summed change of mu", "step", contributions))
+
+def draw_gains(settings: list[Setting], axis) -> None:
+    """By task, how far adaptation lowers the loss: at the end of each setting; of a single one also
+    at its start."""
+    names = list(all_evaluations(settings)[0]["tasks"])[::-1]
+    bars = []  # (label, colour, evaluations of its seeds)
+    for setting in settings:
+        seeds = [rows for rows in setting.evaluations if rows]
+        label = setting.label
+        if len(settings) == 1:
+            label = "after training"
+            bars.append(("before training", "#BBBBBB", [rows[0]["tasks"] for rows in seeds]))
+        if seeds:
+            bars.append((label, setting.colour, [rows[-1]["tasks"] for rows in seeds]))
+    height = 0.8 / len(bars)
+    for j, (label, colour, seeds) in enumerate(bars):
+        values = []
+        for name in names:
+            tasks = [tasks[name] for tasks in seeds if name in tasks]
+            gains = [task["loss_before"] - task["loss_after"] for task in tasks]
+            values.append(sum(gains) / len(seeds))
+        places = [i + height * (len(bars) - 1 - j) for i in range(len(names))]
+        axis.barh(places, values, height, color=colour, label=label)
+    short = [name.split("/")[-1].replace("_", " ") for name in names]
+    axis.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], short, fontsize=8)
+    axis.grid(axis="y", visible=False)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.4, -0.2), ncols=2, handlelength=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs of amft.py
+
+
+def dynamics_panels(settings: list[Setting]) -> list[Panel]:
+    """Accuracy on each test set, reward, mu, entropy and its target, length, what moved mu."""
+    test_sets = {}
+    for row in all_evaluations(settings):
+        test_sets |= row["tasks"]
+    accuracy = partial(draw_test_sets, settings, list(test_sets))
+    panels = [Panel("test sets, greedy", "accuracy (%)", "step", accuracy)]
+    for name, title, ylabel, draw in (
+        ("reward/mean", "reward of own samples", "mean reward", None),
+        ("mu", "weight of imitation", "mu", partial(draw_metric, settings, "mu", 0)),
+        ("entropy", "policy entropy", "nats/token", partial(draw_entropy, settings)),
+        ("response_length", "response length", "tokens", None),
+    ):
+        if any(setting.has(name) for setting in settings):
+            draw = draw or partial(draw_metric, settings, name, 12)
+            panels.append(Panel(title, ylabel, "step", draw))
+    first = settings[0]
+    if any(any(row.get(name) for name in MU_CHANGES) for row in first.metrics[0]):
+        title = "what moved mu" if len(settings) == 1 else f"what moved mu ({first.label})"
+        draw = partial(draw_mu_changes, first)
+        panels.append(Panel(title, "summed change of mu", "step", draw))
     return panels
 
 
-def few_shot_panels(folders: list[Path]) -> list:
-    """Accuracy and loss over the number of examples (mean, one standard deviation over seeds); loss over adaptation steps at the largest n."""
-    reports = [json.loads((f / "results.json").read_text()) for f in folders]
-    summary = [(s, model_name(s["model"])) for r in reports for s in r["summary"]]
-    models = list(dict.fromkeys(name for _, name in summary))
-
-    def over_shots(key, scale):
-        def draw(axis):
-            for colour, name in zip(COLOURS * len(models), models):
-                rows = sorted((s["shots"], scale * s[key], scale * s[f"{key}_sd"]) for s, n in summary if n == name)
-                x = range(len(rows))
-                axis.plot(x, [m for _, m, _ in rows], "-o", color=colour, label=name, markersize=3.5)
-                axis.fill_between(x, [m - d for _, m, d in rows], [m + d for _, m, d in rows], color=colour, alpha=0.18, linewidth=0)
-                axis.set_xticks(list(x), [str(n) for n, _, _ in rows])
-            axis.legend()
-        return draw
-
-    def over_steps(axis):
-        for colour, name in zip(COLOURS * len(models), models):
-            rows = [r for report in reports for r in report["few_shot"] if model_name(r["model"]) == name]
-            largest = max(r["shots"] for r in rows)
-            curves = [r["curve"] for r in rows if r["shots"] == largest]
-            steps = sorted(map(int, set.intersection(*(set(c) for c in curves))))
-            axis.plot(range(len(steps)), [sum(c[str(s)] for c in curves) / len(curves) for s in steps], "-o", color=colour, label=name, markersize=3.5)
-            axis.set_xticks(range(len(steps)), map(str, steps))
-        axis.set_title(f"adapting on {largest} examples")
-        axis.legend()
-
-    return [("few-shot accuracy", "exact answers (%)", "examples", over_shots("accuracy", 100)), ("few-shot loss", "test loss (nats/token)", "examples", over_shots("loss", 1)),
-            ("adaptation", "test loss (nats/token)", "adaptation steps", over_steps)]
+def draw_test_sets(settings: list[Setting], names: list[str], axis) -> None:
+    single = len(settings) == 1
+    for setting in settings:
+        for k, (name, style) in enumerate(zip(names, TEST_SETS, strict=False)):
+            seeds = []
+            for rows in setting.evaluations:
+                rows = [row for row in rows if name in row["tasks"]]
+                seeds.append([(row["step"], 100 * row["tasks"][name]["accuracy"]) for row in rows])
+            label = name if single else None
+            if k == 0 and not single:
+                label = setting.label
+            line(axis, seeds, setting.colour, style, label)
+    if not single:
+        for name, style in zip(names, TEST_SETS, strict=False):
+            name_style(axis, style, name)
+    from_zero(axis)
 
 
-def benchmark_panels(folders: list[Path]) -> list:
+def draw_entropy(settings: list[Setting], axis) -> None:
+    draw_metric(settings, "entropy", 12, axis)
+    single = len(settings) == 1
+    for setting in settings:
+        seeds = []
+        for rows in setting.metrics:
+            rows = [row for row in rows if "entropy_target" in row]
+            seeds.append([(row["step"], row["entropy_target"]) for row in rows])
+        line(axis, seeds, setting.colour, DASHED, "target H*" if single else None)
+    if not single and any(setting.has("entropy_target") for setting in settings):
+        name_style(axis, DASHED, "target H*")
+
+
+MU_CHANGES = {
+    "mu_change/meta_gradient": "meta-gradient",
+    "mu_change/entropy": "entropy term",
+}
+
+
+def draw_mu_changes(setting: Setting, axis) -> None:
+    """The parts of mu's changes, summed over the steps, of a setting's first seed."""
+    for colour, (name, label) in zip(COLOURS, MU_CHANGES.items(), strict=False):
+        height, series = 0.0, []
+        for row in setting.metrics[0]:
+            height += row.get(name, 0.0)
+            series.append((row["step"], height))
+        line(axis, [series], colour, label=label)
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluations
+
+
+def few_shot_panels(reports: list[dict]) -> list[Panel]:
+    """Accuracy and loss over the number of examples (mean, one standard deviation over seeds); loss
+    over adaptation steps at the largest number."""
+    summaries, rows = defaultdict(list), defaultdict(list)  # by model
+    for report in reports:
+        for summary in report["summary"]:
+            summaries[model_name(summary["model"])].append(summary)
+        for row in report["few_shot"]:
+            rows[model_name(row["model"])].append(row)
+    accuracy = partial(draw_shots, summaries, "accuracy", 100)
+    loss = partial(draw_shots, summaries, "loss", 1)
+    shots = max(row["shots"] for model_rows in rows.values() for row in model_rows)
+    curves = partial(draw_curves, rows)
+    return [
+        Panel("few-shot accuracy", "exact answers (%)", "examples", accuracy),
+        Panel("few-shot loss", "test loss (nats/token)", "examples", loss),
+        Panel(
+            f"adapting on {shots} examples", "test loss (nats/token)", "adaptation steps", curves
+        ),
+    ]
+
+
+def coloured(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(name, colour) of each."""
+    return [(name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(names)]
+
+
+def draw_shots(summaries: dict[str, list[dict]], quantity: str, scale: float, axis) -> None:
+    for name, colour in coloured(summaries):
+        rows = sorted(summaries[name], key=lambda s: s["shots"])
+        mean = [scale * s[quantity] for s in rows]
+        deviation = [scale * s[f"{quantity}_sd"] for s in rows]
+        low = [m - d for m, d in zip(mean, deviation, strict=True)]
+        high = [m + d for m, d in zip(mean, deviation, strict=True)]
+        axis.plot(mean, color=colour, label=name, **AFTER)
+        axis.fill_between(range(len(rows)), low, high, color=colour, alpha=0.18, linewidth=0)
+        axis.set_xticks(range(len(rows)), [str(s["shots"]) for s in rows])
+    axis.legend()
+
+
+def draw_curves(rows: dict[str, list[dict]], axis) -> None:
+    for name, colour in coloured(rows):
+        largest = max(row["shots"] for row in rows[name])
+        curves = [row["curve"] for row in rows[name] if row["shots"] == largest]
+        steps = sorted(map(int, set.intersection(*map(set, curves))))
+        mean = [sum(curve[str(step)] for curve in curves) / len(curves) for step in steps]
+        axis.plot(mean, color=colour, label=name, **AFTER)
+        axis.set_xticks(range(len(steps)), map(str, steps))
+    axis.legend()
+
+
+def benchmark_panels(reports: list[dict]) -> list[Panel]:
     """Bars of accuracy with 95% intervals, benchmarks side by side, one colour a model."""
-    results = defaultdict(dict)
-    for f in folders:
-        for model, benchmarks in json.loads((f / "results.json").read_text())["benchmarks"].items():
-            results[model_name(model)] |= benchmarks
-    names = list(dict.fromkeys(n for b in results.values() for n in b))
+    summaries = defaultdict(dict)  # {model: {benchmark: summary}}
+    for report in reports:
+        for model, benchmarks in report["benchmarks"].items():
+            summaries[model_name(model)] |= benchmarks
+    draw = partial(draw_benchmarks, summaries)
+    return [Panel("benchmarks, 95% intervals", "accuracy (%)", "", draw)]
 
-    def draw(axis):
-        present = [[m for m in results if n in results[m]] for n in names]
-        width = 0.8 / max(map(len, present))
-        for colour, (model, b) in zip(COLOURS * len(results), results.items()):
-            shown = [(i + width * (ms.index(model) - (len(ms) - 1) / 2), b[n]) for i, (n, ms) in enumerate(zip(names, present, strict=True)) if n in b]
-            rows = [r for _, r in shown]
-            errors = [[100 * (r["accuracy"] - r["interval"][0]) for r in rows], [100 * (r["interval"][1] - r["accuracy"]) for r in rows]]
-            axis.bar([x for x, _ in shown], [100 * r["accuracy"] for r in rows], width * 0.92, color=colour, label=model, yerr=errors, error_kw={"linewidth": 1.2, "capsize": 3})
-        axis.set_xticks(range(len(names)), [textwrap.fill(n.replace("_", " "), 13) for n in names], fontsize=10 if len(names) < 4 else 8)
-        axis.grid(axis="x", visible=False)
-        axis.legend()
 
-    return [("benchmarks, 95% intervals", "accuracy (%)", "", draw)]
+def draw_benchmarks(summaries: dict[str, dict], axis) -> None:
+    present = defaultdict(list)  # {benchmark: models}
+    for model, benchmarks in summaries.items():
+        for name in benchmarks:
+            present[name].append(model)
+    width = 0.8 / max(map(len, present.values()))
+    for model, colour in coloured(summaries):
+        places, heights, below, above = [], [], [], []
+        for i, (name, models) in enumerate(present.items()):
+            if model in models:
+                summary = summaries[model][name]
+                low, high = summary["interval"]
+                places.append(i + width * (models.index(model) - (len(models) - 1) / 2))
+                heights.append(100 * summary["accuracy"])
+                below.append(100 * (summary["accuracy"] - low))
+                above.append(100 * (high - summary["accuracy"]))
+        axis.bar(
+            places,
+            heights,
+            width * 0.92,
+            color=colour,
+            label=model,
+            yerr=[below, above],
+            error_kw={"linewidth": 1.2, "capsize": 3},
+        )
+    ticks = [textwrap.fill(name.replace("_", " "), 13) for name in present]
+    axis.set_xticks(range(len(ticks)), ticks, fontsize=10 if len(ticks) < 4 else 8)
+    axis.grid(axis="x", visible=False)
+    axis.legend(handlelength=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# The figure
 
 
 def figure(folders: Sequence[Path], out: Path, labels: Sequence[str] = ()) -> None:
-    """All panels that the folders give, in rows of two or three, readable at the width of a page."""
+    """All panels that the folders give, in rows of two or three: for the width of a page."""
     folders = [Path(f) for f in folders]
+    names = dict(zip(folders, labels, strict=False))
+    panels, run_labels = [], []
     runs = [f for f in folders if (f / "metrics.jsonl").exists()]
-    reports = {f: json.loads((f / "results.json").read_text()) for f in folders if f not in runs}
-    names = dict(zip(folders, labels, strict=False)) if labels else {}
-    groups: dict[str, list[Path]] = {}
-    for key in dict.fromkeys(settings(r) for r in runs):
-        same = [r for r in runs if settings(r) == key]
-        groups[names.get(same[0], same[0].resolve().name)] = same
-    panels = []
-    for make, wanted in ((training_panels, False), (dynamics_panels, True)):
-        if chosen := {k: v for k, v in groups.items() if any("mu" in m for m in read(v[0], "metrics.jsonl")[:1]) == wanted}:
+    amft_runs = [run for run in runs if any("mu" in row for row in read(run, "metrics.jsonl")[:1])]
+    meta_runs = [run for run in runs if run not in amft_runs]
+    for chosen, make in ((meta_runs, training_panels), (amft_runs, dynamics_panels)):
+        if settings := settings_of(chosen, names):
+            panels += make(settings)
+            run_labels += [setting.label for setting in settings]
+    reports = [results(f) for f in folders if f not in runs]
+    for key, make in (("few_shot", few_shot_panels), ("benchmarks", benchmark_panels)):
+        if chosen := [report for report in reports if key in report]:
             panels += make(chosen)
-    if studies := [f for f, r in reports.items() if "few_shot" in r]:
-        panels += few_shot_panels(studies)
-    if tables := [f for f, r in reports.items() if "benchmarks" in r]:
-        panels += benchmark_panels(tables)
+    with plt.rc_context(STYLE):
+        draw_panels(panels, run_labels, out)
+
+
+def draw_panels(panels: list[Panel], run_labels: list[str], out: Path) -> None:
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(rows, columns, figsize=(3.7 * columns if columns > 1 else 5, 3.0 * rows), squeeze=False)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        for axis, (title, ylabel, xlabel, draw) in zip(axes.flat, panels, strict=False):
-            axis.set(title=title, ylabel=ylabel, xlabel=xlabel)
-            draw(axis)
-            shown = axis.get_legend_handles_labels()[1]
-            crowded = len(groups) > 3 and axis is not axes.flat[0] and set(shown) <= set(groups)  # one legend of many runs is enough
-            if shown and not crowded and axis.get_legend() is None:
-                axis.legend()
-        fig.savefig(out)
-        plt.close(fig)
+    size = (3.7 * columns if columns > 1 else 5, 3.0 * rows)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for i, (axis, panel) in enumerate(zip(axes.flat, panels, strict=False)):
+        axis.set(title=panel.title, ylabel=panel.ylabel, xlabel=panel.xlabel)
+        panel.draw(axis)
+        if axis.get_legend() is None:
+            handles, shown = axis.get_legend_handles_labels()
+            entries = dict(zip(shown, handles, strict=True))
+            if len(run_labels) > 3 and i > 0:  # one legend of many runs is enough
+                entries = {k: handle for k, handle in entries.items() if k not in run_labels}
+            if entries:
+                axis.legend(entries.values(), entries.keys())
+    fig.savefig(out)
+    plt.close(fig)
 
 
 @dataclass
@@ -263,11 +498,22 @@ class Args:
     """A name for each folder (default: the folder's)."""
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
-    missing = [str(r) for r in args.runs if not read(r, "metrics.jsonl") and not (r / "results.json").exists()]
-    if missing or not args.runs:
-        print(f"plots.py: neither metrics.jsonl nor results.json in {', '.join(missing)}" if missing else "plots.py: name at least one run or evaluation folder", file=sys.stderr)
-        sys.exit(2)
+def main(args: Args) -> int:
+    if not args.runs:
+        print("plots.py: name at least one run or evaluation folder", file=sys.stderr)
+        return 2
+    missing = []
+    for folder in args.runs:
+        if not read(folder, "metrics.jsonl") and not (folder / "results.json").exists():
+            missing.append(str(folder))
+    if missing:
+        found = f"neither metrics.jsonl nor results.json in {', '.join(missing)}"
+        print(f"plots.py: {found}", file=sys.stderr)
+        return 2
     figure(args.runs, args.out, args.labels)
     print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args)))

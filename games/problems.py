@@ -1,0 +1,164 @@
+"""Mathematics as a game of one turn, for learning from the model's own responses."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from checker import grade
+from data import (
+    BOX,
+    DataError,
+    Example,
+    embedded_examples,
+    encode,
+    local_rows,
+    order_by_hash,
+    to_examples,
+)
+from games.rules import Result
+
+
+class MathProblems:
+    """Episodes of one turn: reward 1 for a right final answer, else 0; the expert is the reference
+    solution."""
+
+    def __init__(self, examples: Sequence[Example], shuffle: int | None = None):
+        self.examples, self.shuffle, self._orders = list(examples), shuffle, {}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def reset(self, seed: int) -> Example:
+        """Problem number `seed` of an endless list: all problems in a new order each time round
+        (the given order without `shuffle`)."""
+        epoch, place = divmod(seed, len(self.examples))
+        if self.shuffle is None:
+            return self.examples[place]
+        if epoch not in self._orders:
+            rng = random.Random(f"{self.shuffle}/{epoch}")
+            self._orders = {epoch: rng.sample(self.examples, len(self.examples))}
+        return self._orders[epoch][place]
+
+    def prompt(self, state: Example) -> list[dict]:
+        return [{"role": "user", "content": state.prompt}]
+
+    def step(self, state: Example, text: str) -> Result:
+        right = grade(text, state.answer)
+        return Result(float(right), True, right, "")
+
+    def expert(self, state: Example) -> str:
+        return state.response
+
+
+def load_problems(
+    data: str,
+    tokenizer,
+    *,
+    validation: int,
+    test: int,
+    max_length: int,
+    subjects: Sequence[str] = (),
+    levels: Sequence[int] = (),
+    seed: int = 42,
+    suffix: str | None = None,
+) -> tuple[MathProblems, MathProblems, dict[str, MathProblems], str]:
+    """(training, validation, test sets by name, a line on what there is).
+
+    embedded: the families of the tiny model's pre-training; tests are unseen problems of these, and
+    of the families that no embedded model has seen. hub: Elliott/Openr1-Math-46k-8192. A file or
+    folder as for load_tasks, whose own test file, or else up to a tenth of its rows, is the test.
+    Rows without an answer, or longer than max_length tokens, are left out and counted. suffix: text
+    after every problem that does not speak of \\boxed itself, by default BOX except for embedded
+    ones. Raises DataError.
+    """
+    if suffix is None:
+        suffix = "" if data == "embedded" else BOX
+
+    def choose(examples: Sequence[Example]) -> list[Example]:
+        """Those that are asked for, with the suffix."""
+        chosen = []
+        for e in examples:
+            fits = (not subjects or e.subject in subjects) and (not levels or e.level in levels)
+            if e.answer and fits:
+                asked = "\\boxed" in e.prompt
+                chosen.append(e if asked else replace(e, prompt=e.prompt + suffix))
+        return chosen
+
+    train, tests = _source(data, test, seed)
+    tests = {name: choose(examples) for name, examples in tests.items()}
+    if not tests:  # the source has no test of its own
+        ordered = order_by_hash(seed, choose(train))
+        held = min(max(test, 1), len(ordered) // 10 or 1)
+        tests = {"test": ordered[:held]}
+        taken = {e.id for e in tests["test"]}
+        train = [e for e in train if e.id not in taken]
+    chosen = choose(train)
+    tokens, dropped = encode(tokenizer, chosen, max_length)
+    left_out = len(train) - len(chosen)
+    chosen = order_by_hash(seed, [e for e in chosen if e.id in tokens])
+    if len(chosen) <= validation or not all(tests.values()):
+        found = ", ".join(sorted({e.subject for e in train})[:10])
+        raise DataError(
+            f"{data}: {len(chosen)} training problems with an answer and "
+            f"{min(map(len, tests.values()))} test problems remain (subjects: {found}; --subjects, "
+            f"--levels and --max-length choose); more than --validation-size {validation} and 1 "
+            "are needed"
+        )
+    tests = {name: MathProblems(order_by_hash(seed, es)[:test]) for name, es in tests.items()}
+    sizes = ", ".join(f"{len(problems)} {name}" for name, problems in tests.items())
+    report = (
+        f"{len(chosen) - validation} training problems, {validation} for validation, {sizes}; "
+        f"{dropped} over {max_length} tokens and {left_out} without an answer or not chosen "
+        "left out"
+    )
+    train = MathProblems(chosen[validation:], seed)
+    return train, MathProblems(chosen[:validation], seed), tests, report
+
+
+def _source(data: str, test: int, seed: int) -> tuple[list[Example], dict[str, list[Example]]]:
+    """(training examples, test sets by name: none where the source has none of its own)."""
+    if data == "embedded":
+        train = _embedded(400, seed, "train", "pretraining")
+        trained = _embedded(-(-test // 35), seed, "test", "pretraining")
+        unseen = _embedded(-(-test // 42), seed, "test", "training", "heldout")
+        return train, {"trained families": trained, "unseen families": unseen}
+    if data == "hub":
+        rows, own = to_examples(openr1_rows(), "hub", ""), []
+    else:
+        rows, own = local_rows(Path(data), "")
+    tests = {"test": [e for _, e in own]} if own else {}
+    return [e for _, e in rows], tests
+
+
+def _embedded(per_family: int, seed: int, part: str, *roles: str) -> list[Example]:
+    examples = []
+    for rows in embedded_examples(per_family, seed, part, *roles).values():
+        examples += rows
+    return examples
+
+
+def openr1_rows() -> list[dict]:
+    """LUFFY's data set: chat messages in the columns prompt and target, the answer in reward_model.
+    Its system prompt is left out. Raises DataError."""
+    import datasets
+
+    name = "Elliott/Openr1-Math-46k-8192"
+    try:
+        loaded = datasets.load_dataset(name, split="train")
+    except Exception as e:  # datasets and huggingface_hub raise many kinds
+        reason = str(e).splitlines()[0][:200]
+        raise DataError(f"cannot load {name} from the hub: {reason}") from None
+    rows = []
+    for row in loaded:
+        prompt, response = _last(row["prompt"], "user"), _last(row["target"], "assistant")
+        answer = (row.get("reward_model") or {}).get("ground_truth", "")
+        rows.append({"prompt": prompt, "response": response, "answer": answer})
+    return rows
+
+
+def _last(value, role: str):
+    """The role's last message, where the value is a list of messages."""
+    if not isinstance(value, list):
+        return value
+    return next((m["content"] for m in reversed(value) if m["role"] == role), "")

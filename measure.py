@@ -1,0 +1,393 @@
+"""What is measured: loss and accuracy before and after adaptation, test sets played, intervals."""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from checker import grade
+from data import Encoded, Example, Task, collate, draw_support, template
+from model import World, gathered, token_loss
+from policy import sample
+
+# --------------------------------------------------------------------------------------------------
+# Adaptation to tasks
+
+
+@torch.no_grad()
+def score(
+    model,
+    items: Sequence[tuple[int, Example]],
+    tokens: dict[str, Encoded],
+    tokenizer,
+    max_new_tokens: int,
+    sums: torch.Tensor,
+) -> None:
+    """sums[task] += (response-token loss, right greedy answers) of this rank's (task, example)s.
+
+    Every rank has the whole weights meanwhile, so ranks may have different numbers of items.
+    max_new_tokens 0: loss only. sums: [tasks, 2], float64.
+    """
+    by_task = defaultdict(list)
+    for i, example in items:
+        by_task[i].append(tokens[example.id])
+    with gathered(model):
+        for i, rows in by_task.items():
+            rows = sorted(rows, key=lambda row: len(row.ids))
+            for at in range(0, len(rows), 16):
+                batch = collate(rows[at : at + 16], tokenizer.pad_token_id)
+                batch = {name: x.to(sums.device) for name, x in batch.items()}
+                sums[i, 0] += token_loss(model, batch).double()
+        if max_new_tokens and items:
+            rows = [tokens[example.id] for _, example in items]
+            prompts = [row.ids[: row.prompt_length] for row in rows]
+            stop = template(tokenizer).stop
+            answers = sample(
+                model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0, stop=stop
+            )
+            texts = tokenizer.batch_decode([a.answer for a in answers])
+            for (i, example), text in zip(items, texts, strict=True):
+                sums[i, 1] += grade(text, example.answer)
+
+
+def adaptation(
+    model,
+    tasks: list[Task],
+    tokens: dict[str, Encoded],
+    tokenizer,
+    world: World,
+    *,
+    adapt: Callable,
+    restore: Callable,
+    shots: int,
+    problems: int,
+    max_new_tokens: int,
+    seed: int,
+    stop: Callable[[], bool] | None = None,
+) -> dict[str, dict] | None:
+    """{task: loss_before, loss_after, accuracy_before, accuracy_after, problems} on its test rows.
+
+    adapt(rows) trains on a task's `shots` support rows, the same at every call with the same seed;
+    restore() brings the weights back. Replicas take different tasks, the ranks of one replica
+    different problems. None where stop() said so. Losses in nats a token. Collective.
+    """
+    tests = [task.test[:problems] for task in tasks]
+    pool = [(i, example) for i, rows in enumerate(tests) for example in rows]
+    sums = torch.zeros(len(tasks), 4, dtype=torch.float64, device=world.device)
+    before, after = sums[:, :2], sums[:, 2:]  # each: loss, right answers
+    score(model, pool[world.rank :: world.size], tokens, tokenizer, max_new_tokens, before)
+    for i, task in enumerate(tasks):
+        if stop is not None and i % world.replicas == 0 and stop():
+            return None
+        if i % world.replicas == world.replica:
+            rng = random.Random(f"{seed}/evaluation/{task.name}")
+            adapt(draw_support(rng, task.support, shots))
+            mine = [(i, example) for example in tests[i][world.shard :: world.shards]]
+            score(model, mine, tokens, tokenizer, max_new_tokens, after)
+            restore()
+    dist.all_reduce(sums)
+    result = {}
+    for task, rows, numbers in zip(tasks, tests, sums.tolist(), strict=True):
+        loss_before, right_before, loss_after, right_after = numbers
+        length = sum(len(tokens[e.id].ids) - tokens[e.id].prompt_length for e in rows)
+        result[task.name] = {
+            "loss_before": loss_before / length,
+            "loss_after": loss_after / length,
+            "problems": len(rows),
+        }
+        if max_new_tokens:
+            result[task.name] |= {
+                "accuracy_before": right_before / len(rows),
+                "accuracy_after": right_after / len(rows),
+            }
+    return result
+
+
+def average(result: dict[str, dict]) -> dict[str, float]:
+    """Mean over tasks."""
+    keys = [k for k in next(iter(result.values())) if k != "problems"]
+    return {k: sum(r[k] for r in result.values()) / len(result) for k in keys}
+
+
+def adaptation_lines(step: int, result: dict[str, dict] | None, first: bool) -> list[str]:
+    """What the terminal says of an evaluation; at the `first` ones, whether adaptation works."""
+    if result is None:
+        return []
+    mean = average(result)
+    before, after = mean["loss_before"], mean["loss_after"]
+    line = f"step {step}: loss before adaptation {before:.3f}, after {after:.3f}"
+    if "accuracy_after" in mean:
+        line += f", accuracy {mean['accuracy_before']:.1%} -> {mean['accuracy_after']:.1%}"
+    gain = before - after
+    if not first or gain >= 0.01:
+        return [line]
+    if gain > -0.01:
+        warning = (
+            f"warning: adaptation gains only {gain:+.4f} nats: the inner loop hardly moves the "
+            "model (raise --inner-lr or --inner-steps)"
+        )
+    else:
+        warning = f"warning: adaptation makes the loss worse by {-gain:.3f} nats (lower --inner-lr)"
+    return [line, warning]
+
+
+def results_table(base: dict[str, dict], trained: dict[str, dict]) -> str:
+    """task | loss before, after | accuracy before, after: the base model and the meta-trained."""
+    width = max(len(name) for name in [*base, "mean of tasks"])
+    column = f"{'loss before':>11} {'after':>6} {'acc. before':>12} {'after':>6}"
+    titles = f"{'base model':^{len(column)}} | {'meta-trained':^{len(column)}}"
+    head = f"{'task':{width}} | {column} | {column}"
+    rule = "".join("+" if c == "|" else "-" for c in head)
+    lines = [f"{'':{width}} | {titles}", head, rule]
+    rows = [(name, base[name], trained[name]) for name in base]
+    for name, *pair in [*rows, ("mean of tasks", average(base), average(trained))]:
+        cells = [_adaptation_cell(numbers) for numbers in pair]
+        lines.append(f"{name:{width}} | " + " | ".join(cells))
+    return "\n".join(lines)
+
+
+def _adaptation_cell(numbers: dict) -> str:
+    before, after = (
+        f"{numbers[k]:.1%}" if k in numbers else "-" for k in ("accuracy_before", "accuracy_after")
+    )
+    losses = f"{numbers['loss_before']:11.3f} {numbers['loss_after']:6.3f}"
+    return f"{losses} {before:>12} {after:>6}"
+
+
+def step_metrics(losses: list[list[float]], names: list[str], gain: bool) -> dict[str, float]:
+    """The metrics of one meta-step, under the names of the reference trainer.
+
+    losses: of each task (support, query, query before adaptation). adaptation_gap is a
+    generalisation gap (query after adaptation - last support loss), adaptation_gain is what
+    meta-learning is to raise (query before - after).
+    """
+    support, query, before = ([row[k] for row in losses] for k in range(3))
+    gaps = [q - s for q, s in zip(query, support, strict=True)]
+    metrics = {
+        "meta/loss": _mean(query),
+        "meta/avg_support_loss": _mean(support),
+        "meta/avg_query_loss": _mean(query),
+        "meta/avg_adaptation_gap": _mean(gaps),
+        "meta/adaptation_gap_std": math.sqrt(_variance(gaps)),
+        "meta/task_loss_variance": _variance(query),
+    }
+    if gain:
+        metrics["meta/query_loss_before"] = _mean(before)
+        metrics["meta/adaptation_gain"] = _mean(before) - _mean(query)
+    for i, name in enumerate(names):
+        metrics[f"{name}/support_loss"] = support[i]
+        metrics[f"{name}/query_loss"] = query[i]
+        metrics[f"{name}/adaptation_gap"] = gaps[i]
+        if gain:
+            metrics[f"{name}/adaptation_gain"] = before[i] - query[i]
+    return metrics
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _variance(values: list[float]) -> float:
+    return _mean([(v - _mean(values)) ** 2 for v in values])
+
+
+# --------------------------------------------------------------------------------------------------
+# Problems and games with a reward. A group is a list of trajectories of one prompt, see games/.
+
+COUNTS = ("right", "turns", "right_turns", "reward", "tokens", "cut_turns", "misread")
+
+
+def trajectory_counts(trajectory, game) -> dict:
+    """What is counted of a trajectory; right: it is won."""
+    turns = trajectory.turns
+    misread = getattr(game, "misread_reward", math.nan)
+    return {
+        "right": trajectory.won,
+        "turns": len(turns),
+        "right_turns": sum(t.reward > 0 for t in turns),
+        "reward": sum(t.reward for t in turns),
+        "tokens": sum(len(t.ids) for t in turns),
+        "cut_turns": sum(not t.finished for t in turns),
+        "misread": sum(t.reward == misread for t in turns),
+    }
+
+
+def play_tests(play: Callable, tests: dict[str, tuple], world: World) -> dict[str, dict]:
+    """{test set: accuracy, step_accuracy, reward, length, truncated, episodes}, greedy.
+
+    tests: {name: (game, number of episodes)}; every rank plays some of each. play(game, seeds,
+    samples, key, temperature) -> groups. accuracy: fraction of episodes won; step_accuracy: right
+    turns / turns; for cards in pictures also recognition, the fraction of turns that name them.
+    Under FSDP2 call it within gathered(model). Collective.
+    """
+    result = {}
+    for name, (game, n) in tests.items():
+        groups = play(game, range(world.rank, n, world.size), 1, "test", 0.0)
+        rows = [trajectory_counts(trajectory, game) for (trajectory,) in groups]
+        counts = world.sum(*(sum(row[k] for row in rows) for k in COUNTS))
+        sums = dict(zip(COUNTS, counts, strict=True))
+        result[name] = {
+            "accuracy": sums["right"] / n,
+            "step_accuracy": sums["right_turns"] / sums["turns"],
+            "reward": sums["reward"] / n,
+            "length": sums["tokens"] / sums["turns"],
+            "truncated": sums["cut_turns"] / sums["turns"],
+            "episodes": n,
+        }
+        if getattr(game, "misread_reward", None):
+            result[name]["recognition"] = 1 - sums["misread"] / sums["turns"]
+    return result
+
+
+def rollout_metrics(groups: list[list], world: World) -> dict[str, float]:
+    """Reward, length and truncation of a step's rollouts, over all ranks. Collective.
+
+    groups_without_variance: the fraction of groups whose rewards are all the same.
+    """
+    trajectories = [t for group in groups for t in group]
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    rewards = [t.returns()[0] for t in trajectories]
+    equal = sum(len({t.returns()[0] for t in group}) == 1 for group in groups)
+    n, reward, square, won, length, cut, n_turns, equal, n_groups = world.sum(
+        len(rewards),
+        sum(rewards),
+        sum(r * r for r in rewards),
+        sum(t.won for t in trajectories),
+        sum(len(turn.ids) for turn in turns),
+        sum(not turn.finished for turn in turns),
+        len(turns),
+        equal,
+        len(groups),
+    )
+    return {
+        "reward/mean": reward / n,
+        "reward/std": math.sqrt(max(0.0, square / n - (reward / n) ** 2)),
+        "reward/won": won / n,
+        "response_length": length / n_turns,
+        "truncated": cut / n_turns,
+        "groups_without_variance": equal / n_groups,
+    }
+
+
+def rollout_warnings(metrics: dict[str, float], max_new_tokens: int) -> dict[str, str]:
+    """{kind: what is wrong with a step's rollouts}."""
+    warnings = {}
+    if metrics.get("truncated", 0) > 0.5:
+        warnings["cut"] = (
+            f"{metrics['truncated']:.0%} of the responses are cut at --max-new-tokens "
+            f"{max_new_tokens}: their rewards say little"
+        )
+    if metrics.get("groups_without_variance") == 1:
+        warnings["equal"] = (
+            "all responses to each prompt have the same reward: this step's advantages are zero, "
+            "nothing is learned from them"
+        )
+    return warnings
+
+
+def sample_rows(groups: list[list], step: int, tokenizer) -> list[dict]:
+    """Responses with their rewards, as rows for people to read."""
+    rows = []
+    for i, group in enumerate(groups):
+        for j, trajectory in enumerate(group):
+            for k, turn in enumerate(trajectory.turns):
+                rows.append(
+                    {
+                        "step": step,
+                        "prompt": tokenizer.decode(turn.prompt),
+                        "response": turn.text,
+                        "reward": turn.reward,
+                        "length": len(turn.ids),
+                        "truncated": not turn.finished,
+                        "episode": i,
+                        "sample": j,
+                        "turn": k,
+                    }
+                )
+    return rows
+
+
+def tests_lines(step: int, result: dict[str, dict], samples: list[dict]) -> list[str]:
+    """What the terminal says of test sets, and of the best and the worst of some responses."""
+    texts = []
+    for name, r in result.items():
+        text = f"{name} {r['accuracy']:.1%}"
+        if r["step_accuracy"] != r["accuracy"]:  # episodes of several turns
+            text += f", step accuracy {r['step_accuracy']:.1%}"
+        if "recognition" in r:
+            text += f", recognition {r['recognition']:.1%}"
+        texts.append(f"{text}, {r['length']:.0f} tokens")
+    lines = [f"step {step}: " + "; ".join(texts)]
+    if samples:
+        ordered = sorted(samples, key=lambda row: (row["reward"], -row["length"]))
+        for label, row in (("best", ordered[-1]), ("worst", ordered[0])):
+            response = " ".join(row["response"].split())
+            if len(response) > 130:
+                response = response[:130] + "..."
+            lines.append(f"  {label}, reward {row['reward']:g}, {row['length']} tokens: {response}")
+    return lines
+
+
+def tests_table(first: dict[str, dict], last: dict[str, dict]) -> str:
+    """Each test set's accuracy at two evaluations, with the last one's 95% interval; lengths."""
+    head = (
+        f"{'test set':18} {'episodes':>8} {'accuracy: first':>16} {'last':>7} "
+        f"{'95% interval':>16} {'length: first':>14} {'last':>7}"
+    )
+    lines = [head, "-" * len(head)]
+    for name, b in last.items():
+        low, high = wilson(round(b["accuracy"] * b["episodes"]), b["episodes"])
+        lines.append(
+            f"{name:18} {b['episodes']:8} {100 * first[name]['accuracy']:15.1f}% "
+            f"{100 * b['accuracy']:6.1f}% {100 * low:7.1f} to {100 * high:4.1f} "
+            f"{first[name]['length']:14.1f} {b['length']:7.1f}"
+        )
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Unbiased estimate of P(at least one of k samples is right) from `right` of n.
+
+    Chen et al. 2021, arXiv 2107.03374, eq. 1.
+    """
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927)."""
+    p = right / n
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    middle, scale = p + z * z / (2 * n), 1 + z * z / n
+    return (middle - spread) / scale, (middle + spread) / scale
+
+
+def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 4000) -> tuple[float, float]:
+    """95% percentile interval of the mean, resampling the values (one for each problem).
+
+    For a paired comparison give differences.
+    """
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    means = np.concatenate(
+        [
+            values[rng.integers(0, len(values), (100, len(values)))].mean(1)
+            for _ in range(draws // 100)
+        ]
+    )
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value that two models are equally often right.
+
+    From the numbers of problems that only one of them solves.
+    """
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)

@@ -1,0 +1,212 @@
+"""What several tests share: small models, random episodes, plain losses, runs of the scripts."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from data import Encoded, Episode, Example
+from model import load_config, local
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(),
+    reason="needs the data folder ../shared, which is not part of the repository",
+)
+
+# --------------------------------------------------------------------------------------------------
+# Models
+
+
+def small_llama(dtype: torch.dtype = torch.float64, **changes):
+    """A random Llama. In float64 it has torch's own RMSNorm: the library's computes in float32, too
+    coarse for differences."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 128,
+    } | changes
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
+    if dtype == torch.float64:
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if type(child).__name__ == "LlamaRMSNorm":
+                    norm = torch.nn.RMSNorm(settings["hidden_size"], 1e-6, dtype=dtype)
+                    setattr(module, name, norm)
+    with torch.no_grad():  # larger weights than the usual initialisation: gradients that matter
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(3.0)
+    return model
+
+
+def save_small_model(folder: Path) -> Path:
+    """Fills a folder with a random Llama of 60k parameters and the embedded tokenizer."""
+    _, tokenizer = load_config("tiny")
+    model = small_llama(
+        torch.float32,
+        vocab_size=len(tokenizer) + 8,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    """A copy of this rank's shard of every parameter."""
+    return {name: local(p).clone() for name, p in model.named_parameters()}
+
+
+def assert_same_weights(got: dict, expected: dict, what: str = "") -> None:
+    """Bit for bit."""
+    assert got.keys() == expected.keys(), what
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), f"{what} {name}: not equal bit for bit"
+
+
+# --------------------------------------------------------------------------------------------------
+# Episodes and losses
+
+
+def random_episodes(
+    count: int, support_rows: int, query_rows: int, seed: int = 0, vocab: int = 64
+) -> tuple[list[Episode], dict[str, Encoded]]:
+    """Episodes of random tokens and lengths, and their token ids."""
+    rng, tokens, episodes = random.Random(seed), {}, []
+    for t in range(count):
+        rows = []
+        for i in range(support_rows + query_rows):
+            example = Example("", "", "", "", 0, f"{t}/{i}")
+            length, prompt_length = rng.randint(8, 40), rng.randint(2, 6)
+            ids = [rng.randrange(vocab) for _ in range(length)]
+            tokens[example.id] = Encoded(ids, prompt_length)
+            rows.append(example)
+        episodes.append(Episode(f"task{t}", rows[:support_rows], rows[support_rows:]))
+    return episodes, tokens
+
+
+def all_rows(episodes: list[Episode]) -> list[Example]:
+    """Support and query rows of all episodes."""
+    rows = []
+    for episode in episodes:
+        rows += episode.support + episode.query
+    return rows
+
+
+def chunks(rows: list, size: int) -> list[list]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def functional(model, weights: dict):
+    """ids -> logits of the model with other weights."""
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (ids,), {"use_cache": False}).logits
+
+    return forward
+
+
+def reference_loss(forward, rows: list[Encoded]) -> torch.Tensor:
+    """Mean over response tokens, row by row without padding: independent of collate and
+    token_losses."""
+    losses = []
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        logprobs = forward(ids)[0, :-1].log_softmax(-1)
+        picked = logprobs.gather(1, ids[0, 1:, None])[row.prompt_length - 1 :]
+        losses.append(-picked.squeeze(1))
+    return torch.cat(losses).mean()
+
+
+def meta_gradient(learner, one_task, episodes: list[Episode], measure_gain: bool = False):
+    """What fomaml.py does with a meta-batch, for one of its ways to take a task's part of the
+    gradient: [T, 3] support and query loss and the query loss before; the gradient is in
+    learner.meta_gradient."""
+    learner.keep()
+    torch._foreach_zero_(learner.meta_gradient)
+    losses = torch.zeros(len(episodes), 3)
+    for row, episode in zip(losses, episodes, strict=True):
+        if measure_gain:
+            row[2] = learner.loss(episode.query)
+        row[0], row[1] = one_task(episode)
+    return losses
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+
+def one_rank_mesh():
+    return dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard"))
+
+
+def command(*args, ranks: int = 0) -> list[str]:
+    """python, or torchrun with that many ranks, with arguments."""
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [*launcher, *map(str, args)]
+
+
+def run(*args, ranks: int = 0) -> subprocess.CompletedProcess:
+    """The finished process."""
+    return subprocess.run(
+        command(*args, ranks=ranks), cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+
+
+def run_well(*args, ranks: int = 0) -> subprocess.CompletedProcess:
+    """The finished process, which must have ended with status 0."""
+    done = run(*args, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def lines_of(file: Path) -> int:
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def wait_for_lines(file: Path, count: int, process: subprocess.Popen, seconds: float) -> None:
+    """Until the file has that many lines, or the process has ended, or the time is over."""
+    deadline = time.time() + seconds
+    while time.time() < deadline and process.poll() is None and lines_of(file) < count:
+        time.sleep(0.01)
+
+
+def logged(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The rows of a run's file without what depends on the machine: times and memory."""
+    noise = ("seconds", "tokens_per_second", "peak_memory_gb")
+    rows = []
+    for line in (folder / name).read_text().splitlines():
+        row = json.loads(line)
+        rows.append({k: v for k, v in row.items() if k.split("/")[0] not in noise})
+    return rows
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a run's checkpoint: model.safetensors, or adapter_model.safetensors."""
+    from safetensors.torch import load_file
+
+    (file,) = (folder / "checkpoint").glob("*model.safetensors")
+    return load_file(file)

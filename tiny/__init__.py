@@ -1,0 +1,1 @@
+"""What makes a demonstration on a laptop possible: generated problems and small models."""
