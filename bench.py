@@ -336,8 +336,10 @@ def lora_peft(name: str, device: str, rows: int, length: int) -> Callable[[], No
 
 
 def random_prompts(tokenizer, count: int, length: int) -> list[list[int]]:
-    rng, ids = random.Random(0), min(400, len(tokenizer))
-    return [[rng.randrange(20, ids) for _ in range(length)] for _ in range(count)]
+    rng, prompts = random.Random(0), []
+    for _ in range(count):
+        prompts.append([rng.randrange(20, min(400, len(tokenizer))) for _ in range(length)])
+    return prompts
 
 
 def response_lengths(count: int, longest: int) -> torch.Tensor:
@@ -465,11 +467,7 @@ def grpo_ours(name: str, device: str) -> Callable[[], None]:
     def step() -> None:
         groups = rollout()
         _, rl = amft.rows_of(args, groups, [group[0] for group in groups])
-        amft.set_weights(args, world, [], rl)
-        G = learner.zeros()
-        for work in amft.passes_of(learner.method, False, 0.0, [], rl, G, None):
-            learner.backward(work)
-        learner.take_step(G, 1.0)
+        learner.update(0.0, [], rl, schedule=1.0, with_D=False)
 
     return step
 

@@ -30,6 +30,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -272,10 +273,8 @@ def embedded_examples(per_family: int, seed: int, part: str, *roles: str) -> dic
 
 def _generated(rows: list[dict], prefix: str, digits: int = 1) -> list[Example]:
     """Examples with ids of the prefix and a number of at least so many digits."""
-    columns = ("problem", "solution", "answer", "subject", "level")
-    return [
-        Example(*(row[c] for c in columns), f"{prefix}{i:0{digits}}") for i, row in enumerate(rows)
-    ]
+    values = itemgetter("problem", "solution", "answer", "subject", "level")
+    return [Example(*values(row), f"{prefix}{i:0{digits}}") for i, row in enumerate(rows)]
 
 
 def _embedded_tasks(make: Callable, task_column: str | None, max_samples: int, seed: int):

@@ -12,6 +12,7 @@ nothing but the seed become one line, their mean, with a band from the lowest to
 values are faint, smoothed ones strong. Dashed, with open points, is before adaptation.
 """
 
+import itertools
 import json
 import sys
 import textwrap
@@ -74,7 +75,7 @@ class Setting:
 
     def has(self, name: str) -> bool:
         """Whether a run logged this metric."""
-        return any(name in row for rows in self.metrics for row in rows)
+        return any(name in row for row in itertools.chain(*self.metrics))
 
 
 Series = list[tuple[float, float]]  # points (x, y)
@@ -103,6 +104,10 @@ def seedless_args(run: Path) -> str:
     args = json.loads(file.read_text()).get("args", {})
     free = ("seed", "output_dir", "resume")
     return json.dumps({k: v for k, v in args.items() if k not in free}, sort_keys=True)
+
+
+def is_of_amft(run: Path) -> bool:
+    return any("mu" in row for row in read(run, "metrics.jsonl")[:1])
 
 
 def settings_of(runs: Iterable[Path], names: dict[Path, str]) -> list[Setting]:
@@ -152,10 +157,14 @@ def line(
     if not seeds:
         return
     xs = sorted(set.intersection(*map(set, seeds)))
-    columns = [[series[x] for series in seeds] for x in xs]
-    mean = [sum(column) / len(column) for column in columns]
+    mean, low, high = [], [], []
+    for x in xs:
+        ys = [series[x] for series in seeds]
+        mean.append(sum(ys) / len(ys))
+        low.append(min(ys))
+        high.append(max(ys))
     if len(seeds) > 1:
-        low, high = smooth(list(map(min, columns)), window), smooth(list(map(max, columns)), window)
+        low, high = smooth(low, window), smooth(high, window)
         axis.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
     elif window > 1:
         axis.plot(xs, mean, color=colour, alpha=0.2, linewidth=1)
@@ -204,8 +213,7 @@ def training_panels(settings: list[Setting]) -> list[Panel]:
 def all_evaluations(settings: list[Setting]) -> list[dict]:
     rows = []
     for setting in settings:
-        for seed in setting.evaluations:
-            rows += seed
+        rows += itertools.chain(*setting.evaluations)
     return rows
 
 
@@ -291,7 +299,7 @@ def dynamics_panels(settings: list[Setting]) -> list[Panel]:
             draw = draw or partial(draw_metric, settings, name, 12)
             panels.append(Panel(title, ylabel, "step", draw))
     first = settings[0]
-    if any(any(row.get(name) for name in MU_CHANGES) for row in first.metrics[0]):
+    if any(moved_mu(row) for row in first.metrics[0]):
         title = "what moved mu" if len(settings) == 1 else f"what moved mu ({first.label})"
         draw = partial(draw_mu_changes, first)
         panels.append(Panel(title, "summed change of mu", "step", draw))
@@ -335,6 +343,10 @@ MU_CHANGES = {
 }
 
 
+def moved_mu(row: dict) -> bool:
+    return any(row.get(name) for name in MU_CHANGES)
+
+
 def draw_mu_changes(setting: Setting, axis) -> None:
     """The parts of mu's changes, summed over the steps, of a setting's first seed."""
     for colour, (name, label) in zip(COLOURS, MU_CHANGES.items(), strict=False):
@@ -360,7 +372,7 @@ def few_shot_panels(reports: list[dict]) -> list[Panel]:
             rows[model_name(row["model"])].append(row)
     accuracy = partial(draw_shots, summaries, "accuracy", 100)
     loss = partial(draw_shots, summaries, "loss", 1)
-    shots = max(row["shots"] for model_rows in rows.values() for row in model_rows)
+    shots = max(row["shots"] for row in itertools.chain(*rows.values()))
     curves = partial(draw_curves, rows)
     return [
         Panel("few-shot accuracy", "exact answers (%)", "examples", accuracy),
@@ -394,7 +406,9 @@ def draw_curves(rows: dict[str, list[dict]], axis) -> None:
         largest = max(row["shots"] for row in rows[name])
         curves = [row["curve"] for row in rows[name] if row["shots"] == largest]
         steps = sorted(map(int, set.intersection(*map(set, curves))))
-        mean = [sum(curve[str(step)] for curve in curves) / len(curves) for step in steps]
+        mean = []
+        for step in steps:
+            mean.append(sum(curve[str(step)] for curve in curves) / len(curves))
         axis.plot(mean, color=colour, label=name, **AFTER)
         axis.set_xticks(range(len(steps)), map(str, steps))
     axis.legend()
@@ -451,7 +465,7 @@ def figure(folders: Sequence[Path], out: Path, labels: Sequence[str] = ()) -> No
     names = dict(zip(folders, labels, strict=False))
     panels, run_labels = [], []
     runs = [f for f in folders if (f / "metrics.jsonl").exists()]
-    amft_runs = [run for run in runs if any("mu" in row for row in read(run, "metrics.jsonl")[:1])]
+    amft_runs = [run for run in runs if is_of_amft(run)]
     meta_runs = [run for run in runs if run not in amft_runs]
     for chosen, make in ((meta_runs, training_panels), (amft_runs, dynamics_panels)):
         if settings := settings_of(chosen, names):

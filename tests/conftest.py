@@ -1,7 +1,5 @@
 """Fixtures for all tests."""
 
-import signal
-
 import pytest
 import torch.distributed as dist
 
@@ -21,13 +19,3 @@ def process_group():
     yield
     if dist.is_initialized():  # a script's cli() ends it too
         dist.destroy_process_group()
-
-
-@pytest.fixture
-def kept_signals():
-    """A run in this process takes the signals for itself: they are given back."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)

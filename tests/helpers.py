@@ -1,8 +1,10 @@
 """What several tests share: small models, random episodes, plain losses, runs of the scripts."""
 
 import json
+import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import amft
 from data import Encoded, Episode, Example
+from games.play import Turn
 from model import load_config, local
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +28,13 @@ needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(),
     reason="needs the data folder ../shared, which is not part of the repository",
 )
+
+
+def hostile_rows() -> list[dict]:
+    """Texts made to break a reader of answers."""
+    lines = (SHARED / "checker" / "hostile.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
 
 # --------------------------------------------------------------------------------------------------
 # Models
@@ -153,6 +164,26 @@ def meta_gradient(learner, one_task, episodes: list[Episode], measure_gain: bool
     return losses
 
 
+def random_rows(
+    count: int, seed: int = 0, vocab: int = 64, demonstration: bool = False
+) -> list[amft.Row]:
+    """Rows with random tokens, lengths, advantages; old log-probabilities near those of a uniform
+    policy."""
+    rng, rows = random.Random(seed), []
+    for _ in range(count):
+        ids = [rng.randrange(vocab) for _ in range(rng.randint(2, 20))]
+        old = [0.0] * len(ids)
+        if not demonstration:
+            old = [-math.log(vocab) + rng.uniform(-0.5, 0.5) for _ in ids]
+        prompt = [rng.randrange(vocab) for _ in range(rng.randint(2, 9))]
+        finished, won = rng.random() < 0.8, rng.random() < 0.5
+        turn = Turn(prompt, ids, old, finished, "", float(won))
+        advantages = [rng.uniform(-1, 1)] * len(ids)
+        returns = [rng.uniform(0, 1) for _ in ids]
+        rows.append(amft.Row(turn, advantages, 0.0, demonstration, won, returns))
+    return rows
+
+
 # --------------------------------------------------------------------------------------------------
 # Runs
 
@@ -181,6 +212,19 @@ def run_well(*args, ranks: int = 0) -> subprocess.CompletedProcess:
     done = run(*args, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def run_here(script, *args) -> int:
+    """The exit status of a script's command line, run in this process: imports take seconds."""
+    numbers = (signal.SIGINT, signal.SIGTERM)  # which a run takes for itself
+    handlers = [signal.getsignal(number) for number in numbers]
+    argv, sys.argv = sys.argv, [f"{script.__name__}.py", *map(str, args)]
+    try:
+        return script.cli()
+    finally:
+        sys.argv = argv
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def lines_of(file: Path) -> int:

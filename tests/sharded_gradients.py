@@ -1,7 +1,6 @@
 """The meta-gradient of FSDP2 models in several settings, on the ranks that there are.
 
-python -m torch.distributed.run --nproc_per_node 2 -m tests.sharded_gradients FILE writes what rank 0
-has found.
+torchrun --nproc_per_node 2 -m tests.sharded_gradients FILE writes what rank 0 has found.
 """
 
 import sys

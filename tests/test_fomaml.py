@@ -225,7 +225,7 @@ def test_cost_against_the_floor(process_group):
     learner = fomaml.MetaLearner(model, args, world, 0, tokens)
     optimizer = torch.optim.AdamW(learner.params, lr=1e-4, fused=True)
     ratios = []
-    for step in range(9):
+    for step in range(7):
         episodes = [sample_episode(tasks, 0, step, i, 20, 8) for i in range(4)]
         start = time.perf_counter()
         meta_gradient(learner, learner.fomaml, episodes)
@@ -244,14 +244,14 @@ def test_cost_against_the_floor(process_group):
         f"\nmeta-step / bare forward+backward passes: median {median:.3f} "
         f"({ratios[0]:.3f} to {ratios[-1]:.3f})"
     )
-    # the measured figure is in docs/cost.md; this bound only catches a regression on a noisy machine
+    # docs/cost.md has the measured figure; this bound only catches a regression on a noisy machine
     assert median < 1.25
 
 
 @pytest.mark.parametrize("tasks,steps", [(1, 1), (3, 4)])
 def test_five_buffers(tasks, steps):
-    """Parameter-sized storage alive during a meta-step: weights, theta, accumulator, Adam's two; the
-    same for any T and K."""
+    """Parameter-sized storage alive during a meta-step: weights, theta, accumulator, Adam's two;
+    the same for any T and K."""
     model = small_llama(
         torch.float32, hidden_size=128, num_hidden_layers=6, intermediate_size=512, vocab_size=256
     )
@@ -263,7 +263,7 @@ def test_five_buffers(tasks, steps):
     def storages() -> dict[int, int]:
         """{address: bytes} of all tensors in Python's reach with a parameter's shape or all
         parameters' size."""
-        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
         tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
         for state in optimizer.state.values() if optimizer else ():
             tensors += state.values()
@@ -284,7 +284,7 @@ def test_five_buffers(tasks, steps):
     def measure(p):
         nonlocal calls, peak
         calls += 1
-        if calls % 11 == 0:
+        if calls % 29 == 0:
             alive = [size for at, size in storages().items() if at not in others]
             peak = max(peak, sum(alive) / 4)
 

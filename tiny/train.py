@@ -265,7 +265,9 @@ def make_tiny(args: Args) -> None:
     examples = list(itertools.chain.from_iterable(families.values()))
     tokenizer = train_tokenizer(tokenizer_texts(examples))
     encoded, _ = encode(tokenizer, examples, 256)
-    by_family = [[encoded[e.id] for e in family] for family in families.values()]
+    by_family = []
+    for family in families.values():
+        by_family.append([encoded[e.id] for e in family])
 
     torch.manual_seed(args.seed)
     model = tiny_llama(tokenizer)

@@ -1,0 +1,147 @@
+"""tiny/: answers and solutions of the generated problems against an independent computation; their
+splits; hidden rules."""
+
+import re
+from fractions import Fraction
+
+import pytest
+import torch
+
+import checker
+from data import Example, embedded_examples, load_tasks
+from tests import answers
+from tests.answers import expression
+from tiny.conventions import convention_rows
+from tiny.problems import FAMILIES, ROLES
+
+WITH_PI = ("degrees_to_radians", "sector_area")
+
+
+def integers(text: str) -> list[int]:
+    return [int(x) for x in re.findall(r"-?\d+", text)]
+
+
+def number(answer: str) -> Fraction:
+    r"""An integer or \frac{a}{b}; \pi counts as a factor 1 (its presence is checked beside)."""
+    body = re.sub(r"(\d*)\\pi", lambda m: m[1] or "1", answer.removeprefix("-"))
+    value = Fraction(body) if body.isdigit() else None
+    if m := re.fullmatch(r"\\frac\{(\d+)\}\{(\d+)\}", body):
+        value = Fraction(int(m[1]), int(m[2]))
+    assert value is not None, f"{answer} is not a number"
+    return -value if answer.startswith("-") else value
+
+
+def assert_right(family: str, example: Example) -> None:
+    """The answer is what the problem's text says, worked out another way."""
+    prompt, answer = example.prompt, example.answer
+    numbers = integers(prompt)
+    if family in ("expand_product", "complex_product"):
+        product = re.search(r"\$(.*)\$", prompt)[1].replace(")(", ")*(")
+        assert expression(answer) == expression(product), example
+    elif family in ("vector_sum", "scaled_vector"):
+        k = numbers.pop(0) if family == "scaled_vector" else 1
+        a, b, c, d = numbers
+        assert integers(answer) == [k * a + c, k * b + d], example
+    elif family == "matrix_times_vector":
+        product = torch.tensor(numbers[:4]).view(2, 2) @ torch.tensor(numbers[4:])
+        assert integers(answer) == product.tolist(), example
+    elif family == "base_conversion":
+        digits, base = re.fullmatch(r"(\d+)_\{(\d+)\}", answer).groups()
+        assert int(base) == numbers[1], example
+        assert int(digits, int(base)) == numbers[0], example
+    else:
+        assert number(answer) == getattr(answers, family)(prompt, *numbers), example
+        assert ("\\pi" in answer) == (family in WITH_PI), example
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_embedded_answers(role):
+    checked = 0
+    for part, per_family in (("train", 40), ("test", 20)):
+        for name, examples in embedded_examples(per_family, 7, part, role).items():
+            subject, family = name.split("/")
+            for example in examples:
+                assert checker.extract_answer(example.response) == example.answer, example
+                assert example.subject == subject, example
+                assert_right(family, example)
+                checked += 1
+            if part == "train":
+                assert len({e.level for e in examples}) == 5, name
+    assert checked > 300
+
+
+def test_embedded_solutions_are_true():
+    """Every "= " in a worked solution that joins plain arithmetic holds."""
+    for_reading = ("hypotenuse", "arithmetic_series", "rectangle")  # chains and products of sums
+    checked = 0
+    for name, examples in embedded_examples(20, 3, "train").items():
+        if any(family in name for family in for_reading):
+            continue
+        for example in examples:
+            for clause in re.split(r"[,.] ", example.response.split("\\boxed")[0]):
+                sides = [side.strip(" .") for side in clause.replace("\\cdot", "*").split("=")]
+                plain = all(re.fullmatch(r"[-+*/()\d ^]+", side) for side in sides)
+                if len(sides) == 2 and plain:
+                    assert expression(sides[0]) == expression(sides[1]), example
+                    checked += 1
+    assert checked > 800
+
+
+def prompts_of(per_family: int, seeds: tuple[int, ...], part: str) -> set[str]:
+    prompts = set()
+    for seed in seeds:
+        for examples in embedded_examples(per_family, seed, part).values():
+            prompts |= {e.prompt for e in examples}
+    return prompts
+
+
+def test_embedded_splits():
+    """No test problem is ever trained on, whatever the seeds; held-out families stay out."""
+    trained, tested = prompts_of(500, (0, 1), "train"), prompts_of(40, (5, 6), "test")
+    assert trained
+    assert tested
+    assert not trained & tested
+    tasks = load_tasks("embedded")
+    known = embedded_examples(1, 0, "train", "pretraining")
+    assert [t.heldout for t in tasks] == [False] * 14 + [True] * 7
+    assert not {t.name for t in tasks} & set(known)
+    assert len(known) == 35
+    assert load_tasks("embedded") == tasks
+    by_subject = load_tasks("embedded", task_column="subject")
+    assert [t.name for t in by_subject if not t.heldout] == list(FAMILIES)
+
+
+def digits_of(row: dict) -> tuple[int, int]:
+    """The two digits that a hidden rule is asked about."""
+    a, b = re.findall(r"\d", row["problem"])
+    return int(a), int(b)
+
+
+def assert_operation(table: dict[tuple[int, int], str]) -> None:
+    """a o b = (pa + qb + s) mod 10, with p, q, s read off three rows."""
+    values = {digits: int(answer) for digits, answer in table.items()}
+    s = values[0, 0]
+    p, q = (values[1, 0] - s) % 10, (values[0, 1] - s) % 10
+    for (a, b), value in values.items():
+        assert value == (p * a + q * b + s) % 10, f"{a} o {b}"
+
+
+def assert_cipher(table: dict[tuple[int, int], str]) -> None:
+    """A digit has one code, whatever the other digit."""
+    assert sorted(table[d, d][0] for d in range(10)) == list("0123456789")
+    for (a, b), answer in table.items():
+        assert answer == table[a, a][0] + table[b, b][1], f"{a}{b}"
+
+
+def test_conventions():
+    """The rule can be read off the support rows and answers the query rows; another rule's rows
+    answer them at chance."""
+    for kind, assert_rule in (("operation", assert_operation), ("cipher", assert_cipher)):
+        agree = 0
+        for i in range(30):
+            rows = convention_rows(kind, i)
+            assert len({row["problem"] for row in rows}) == 100
+            assert_rule({digits_of(row): row["answer"] for row in rows})
+            other = convention_rows(kind, i + 100)
+            agree += sum(a["answer"] == b["answer"] for a, b in zip(rows, other, strict=True))
+        assert agree / 3000 < 0.2, kind
