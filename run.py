@@ -164,7 +164,7 @@ class Log:
         dist.barrier()  # all ranks have read
         if active:
             for name, rows in kept.items():
-                if rows or (folder / name).exists():
+                if rows or name != "samples.jsonl":  # only amft.py has samples
                     lines = "".join(json.dumps(row) + "\n" for row in rows)
                     (folder / name).write_text(lines)
             if settings["wandb"]:
