@@ -51,7 +51,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from data import DataError
+from data import DataError, check_numbers
 from games import games_of
 from games.play import Actor, Trajectory, Turn, demonstrate
 from games.problems import load_problems
@@ -78,7 +78,7 @@ from model import (
     trained_parameters,
 )
 from policy import Policy, check_head, stack_inputs
-from run import ModelCheckpoint, Run, check_positive, check_space, start
+from run import ModelCheckpoint, Run, check_space, start
 
 
 @dataclass
@@ -1061,15 +1061,34 @@ def add_to_targets(targets, i: int, gradient: torch.Tensor) -> None:
 # Checks before anything expensive
 
 
+# Where the numbers must lie
+NUMBERS = {
+    "[1, 1e9]": (
+        "steps", "prompts_per_step", "warmup_batch", "samples", "max_new_tokens", "epochs",
+        "minibatches", "mu_every", "validation_prompts", "validation_size", "eval_problems",
+        "save_every", "keep", "max_length", "replicas", "micro_batch", "generation_batch",
+        "chord_steps", "lr_warmup",
+    ),
+    "[0, 1e9]": ("warmup_steps", "chord_warmup", "hpt_gate", "show"),
+    "[-1, 1e9]": ("eval_every",),
+    "(0, 100]": ("lr", "warmup_lr", "value_lr"),
+    "(0, inf)": ("clip", "clip_ratio", "luffy_gamma"),
+    "[0, 1000]": (
+        "entropy_coefficient", "value_coefficient", "hpt_sft", "eta_mu", "eta_entropy",
+    ),
+    "[0, 10]": ("weight_decay",),
+    "[0, 1]": (
+        "mu_init", "mu_min", "mu_max", "gae_lambda", "turn_gamma", "sft_share", "chord_start",
+        "chord_end",
+    ),
+    "[0, 1)": ("betas",),
+    "(-9e18, 9e18)": ("seed", "levels"),
+}  # fmt: skip
+
+
 def check(args: Args, ranks: int) -> None:
     """Raises DataError for arguments that cannot work."""
-    counts = (
-        "steps", "prompts_per_step", "warmup_batch", "max_new_tokens", "epochs", "minibatches",
-        "mu_every", "validation_prompts", "validation_size", "eval_problems", "save_every", "keep",
-        "max_length", "replicas", "micro_batch", "generation_batch", "chord_steps", "lr_warmup",
-    )  # fmt: skip
-    numbers = ("lr", "warmup_lr", "value_lr", "clip", "clip_ratio", "luffy_gamma")
-    check_positive(args, counts, numbers)
+    check_numbers(args, NUMBERS)
     method = METHODS[args.method]
     if ranks % args.replicas:
         raise DataError(f"--replicas {args.replicas} does not divide the {ranks} ranks")
@@ -1089,6 +1108,11 @@ def check(args: Args, ranks: int) -> None:
         raise DataError(
             "0 <= --mu-min <= --mu-init <= --mu-max <= 1 is needed, not "
             f"{args.mu_min}, {args.mu_init}, {args.mu_max}"
+        )
+    if method.mu is learned_mu and not 0 < args.mu_min <= args.mu_max < 1:
+        raise DataError(
+            "a learned mu needs both losses: --mu-min above 0 and --mu-max below 1, not "
+            f"{args.mu_min} and {args.mu_max}"
         )
     if not 0 <= args.warmup_steps <= args.steps:
         raise DataError(f"--warmup-steps must be between 0 and --steps, not {args.warmup_steps}")

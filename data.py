@@ -50,6 +50,26 @@ class DataError(ValueError):
     """The data cannot be used as asked; the message is one line for the user."""
 
 
+def check_numbers(args, intervals: dict[str, Sequence[str]]) -> None:
+    """Raises DataError unless each named setting lies in its interval, as "[1, 1e9]" or "(0, inf)".
+
+    Of tuples every number is looked at; None is a default to come. nan lies nowhere.
+    """
+    words = {"[1, 1e9]": "at least 1", "(0, inf)": "a positive number", "[0, 1e9]": "0 or more"}
+    for interval, names in intervals.items():
+        low, high = map(float, interval[1:-1].split(","))
+        for name in names:
+            setting = getattr(args, name)
+            for value in setting if isinstance(setting, tuple) else (setting,):
+                if value is None:
+                    continue
+                above = value > low if interval[0] == "(" else value >= low
+                below = value < high if interval[-1] == ")" else value <= high
+                if not (above and below):
+                    must_be = words.get(interval, f"in {interval}")
+                    raise DataError(f"--{name.replace('_', '-')} must be {must_be}, not {value}")
+
+
 @dataclass(frozen=True)
 class Example:
     prompt: str

@@ -36,6 +36,7 @@ from data import (
     DataError,
     Encoded,
     Task,
+    check_numbers,
     collate,
     embedded_examples,
     episode_tasks,
@@ -57,7 +58,6 @@ from model import (
     token_loss,
 )
 from policy import sample
-from run import check_positive
 
 
 @dataclass
@@ -784,18 +784,26 @@ def few_shot_lines(summary: list[dict], pairs: list[dict]) -> list[str]:
 # The program
 
 
+# Where the numbers must lie
+NUMBERS = {
+    "[1, 1e9]": ("batch_size", "samples", "seeds", "max_length", "adapt_steps", "adapt_batch"),
+    "[0, 1e9]": ("limit", "few_shot"),
+    "[0, 1000]": ("temperature",),
+    "(0, 1]": ("top_p",),
+    "(0, 100]": ("adapt_lr",),
+    "(-9e18, 9e18)": ("seed",),
+}
+
+
 def check(args: Args) -> list[str]:
     """The benchmarks' names. Raises DataError for arguments that cannot work."""
-    whole = ("batch_size", "samples", "seeds", "max_length", "adapt_steps", "adapt_batch")
-    check_positive(args, whole, ("top_p", "adapt_lr"))
-    if args.temperature < 0 or args.top_p > 1:
-        raise DataError("--temperature must be 0 or more and --top-p at most 1")
+    check_numbers(args, NUMBERS)
+    if not args.model:
+        raise DataError("--model: name at least one")
     if args.temperature == 0 and args.samples > 1:
         raise DataError("--samples above 1 needs a --temperature above 0")
     if args.adapt_optimizer not in ("adam", "sgd"):
         raise DataError("--adapt-optimizer is adam or sgd")
-    if any(n < 0 for n in args.few_shot):
-        raise DataError("--few-shot takes numbers from 0 on")
     names = list(itertools.chain(*(GROUPS.get(name, (name,)) for name in args.benchmark)))
     if args.data and not args.few_shot and ("embedded" in names or len(names) > 1):
         raise DataError(

@@ -46,6 +46,7 @@ from torch.func import functional_call
 
 from data import (
     DataError,
+    check_numbers,
     collate,
     describe_tasks,
     episode_tasks,
@@ -70,7 +71,7 @@ from model import (
     token_loss,
     trained_parameters,
 )
-from run import ModelCheckpoint, Run, check_positive, check_space, start
+from run import ModelCheckpoint, Run, check_space, start
 
 
 @dataclass
@@ -363,13 +364,29 @@ def chunks(rows, size: int) -> list:
 # Checks before anything expensive
 
 
+# Where the numbers must lie
+NUMBERS = {
+    "[1, 1e9]": (
+        "inner_steps", "support_batch", "query_batch", "tasks_per_step", "steps", "replicas",
+        "keep", "save_every", "max_length", "eval_problems",
+    ),
+    "[0, 1e9]": ("eval_tasks", "eval_max_new_tokens", "gain_every", "micro_batch"),
+    "[-1, 1e9]": ("eval_every",),
+    "(0, 100]": ("inner_lr", "outer_lr"),
+    "(0, inf)": ("clip",),
+    "[0, inf)": ("inner_clip",),
+    "(0, 10]": ("reptile_epsilon",),
+    "[0, 10]": ("weight_decay",),
+    "[0, 1]": ("warmup_ratio",),
+    "(0, 1]": ("support_ratio", "query_ratio"),
+    "[0, 1)": ("betas",),
+    "(-9e18, 9e18)": ("seed",),
+}  # fmt: skip
+
+
 def check(args: Args, ranks: int) -> None:
     """Raises DataError for arguments that cannot work."""
-    counts = (
-        "inner_steps", "support_batch", "query_batch", "tasks_per_step", "steps", "replicas",
-        "keep", "save_every", "max_length",
-    )  # fmt: skip
-    check_positive(args, counts, ("inner_lr", "outer_lr", "clip"))
+    check_numbers(args, NUMBERS)
     if ranks % args.replicas:
         raise DataError(f"--replicas {args.replicas} does not divide the {ranks} ranks")
     if args.tasks_per_step % args.replicas:

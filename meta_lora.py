@@ -42,6 +42,7 @@ from torch.distributed.fsdp import fully_shard
 
 from data import (
     DataError,
+    check_numbers,
     collate,
     describe_tasks,
     episode_tasks,
@@ -63,7 +64,7 @@ from model import (
     skeleton,
     token_losses,
 )
-from run import Run, check_positive, check_space, start
+from run import Run, check_space, start
 
 
 @dataclass
@@ -349,15 +350,30 @@ def support_steps(episodes: list, size: int) -> list:
 # Checks before anything expensive
 
 
+# Where the numbers must lie
+NUMBERS = {
+    "[1, 1e9]": (
+        "r", "inner_steps", "support_batch", "query_batch", "tasks_per_step", "steps", "keep",
+        "save_every", "max_length", "eval_problems",
+    ),
+    "[0, 1e9]": ("eval_tasks", "eval_max_new_tokens", "gain_every", "tasks_per_forward"),
+    "[-1, 1e9]": ("eval_every",),
+    "(0, 100]": ("inner_lr", "outer_lr"),
+    "(0, 1e6]": ("alpha",),
+    "(0, inf)": ("clip",),
+    "[0, inf)": ("inner_clip",),
+    "(0, 10]": ("reptile_epsilon",),
+    "[0, 10]": ("weight_decay",),
+    "[0, 1]": ("warmup_ratio",),
+    "(0, 1]": ("support_ratio", "query_ratio"),
+    "[0, 1)": ("betas", "dropout"),
+    "(-9e18, 9e18)": ("seed",),
+}  # fmt: skip
+
+
 def check(args: Args, ranks: int) -> None:
     """Raises DataError for arguments that cannot work."""
-    counts = (
-        "r", "inner_steps", "support_batch", "query_batch", "tasks_per_step", "steps", "keep",
-        "save_every", "max_length",
-    )  # fmt: skip
-    check_positive(args, counts, ("alpha", "inner_lr", "outer_lr", "clip"))
-    if not 0 <= args.dropout < 1:
-        raise DataError(f"--dropout must be in [0, 1), not {args.dropout}")
+    check_numbers(args, NUMBERS)
     if args.tasks_per_step % ranks:
         raise DataError(
             f"--tasks-per-step {args.tasks_per_step} cannot be shared equally by the {ranks} ranks"

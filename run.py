@@ -5,7 +5,6 @@ What every script needs to survive a cluster. Nothing here decides anything abou
 
 import importlib.util
 import json
-import math
 import os
 import platform
 import resource
@@ -13,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -447,16 +446,6 @@ def peak_flops(device: torch.device) -> float | None:
 
 # --------------------------------------------------------------------------------------------------
 # Before anything expensive
-
-
-def check_positive(args, whole: Sequence[str], numbers: Sequence[str]) -> None:
-    """Raises DataError unless the settings `whole` are at least 1 and `numbers` above 0."""
-    for name in (*whole, *numbers):
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if name in whole and not 1 <= value < math.inf:
-            raise DataError(f"{flag} must be at least 1, not {value}")
-        if not 0 < value < math.inf:
-            raise DataError(f"{flag} must be a positive number, not {value}")
 
 
 def check_ranks(world: World) -> list[str]:

@@ -16,7 +16,7 @@ from tests.helpers import (
     ROOT,
     assert_same_weights,
     command,
-    run,
+    run_here,
     run_well,
     wait_for_lines,
 )
@@ -79,13 +79,13 @@ def test_benchmark_continues_after_a_kill(tmp_path, small_model):
     """SIGKILL in the middle, the same command again: every response once, the same as those of an
     uninterrupted run."""
     benchmark = [
-        "eval.py", "--model", small_model, "--benchmark", "embedded", "--limit", "60",
-        "--max-length", "8", "--samples", "2", "--batch-size", "6", "--temperature", "1",
+        "--model", small_model, "--benchmark", "embedded", "--limit", "60", "--max-length", "8",
+        "--samples", "2", "--batch-size", "6", "--temperature", "1",
     ]  # fmt: skip
-    run_well(*benchmark, "--output-dir", tmp_path / "whole")
+    assert run_here(evaluation, *benchmark, "--output-dir", tmp_path / "whole") == 0
     cut = tmp_path / "cut"
     process = subprocess.Popen(
-        command(*benchmark, "--output-dir", cut),
+        command("eval.py", *benchmark, "--output-dir", cut),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -95,7 +95,7 @@ def test_benchmark_continues_after_a_kill(tmp_path, small_model):
     process.kill()
     process.wait()
     responses.write_text(responses.read_text() + '{"model": "half a li')
-    run_well(*benchmark, "--output-dir", cut)
+    run_well("eval.py", *benchmark, "--output-dir", cut)
 
     def responses_of(folder) -> list[tuple]:
         rows = whole_rows(folder / "responses-0.jsonl")
@@ -105,7 +105,7 @@ def test_benchmark_continues_after_a_kill(tmp_path, small_model):
     assert len(expected) == 120
     assert [row[:2] for row in got] == [row[:2] for row in expected]
     assert sum(a == b for a, b in zip(expected, got, strict=True)) >= 118
-    assert run(*benchmark, "--seed", "1", "--output-dir", cut).returncode == 2
+    assert run_here(evaluation, *benchmark, "--seed", "1", "--output-dir", cut) == 2
 
 
 def test_games_as_benchmarks(tmp_path):
