@@ -34,7 +34,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from checker import extract_answer
+from checker import extract_answer, grade
 
 MATH_CONFIGS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
@@ -229,7 +229,8 @@ def split(rows: list[Example], support_ratio: float, query_ratio: float, seed: i
         support += ordered[:a]
         query += ordered[a:b]
         test += ordered[b:]
-    return support, query, test
+    # Stratified by level, and in random order: the first rows are not the easiest
+    return support, query, order_by_hash(seed, test)
 
 
 def check_ratios(support_ratio: float, query_ratio: float) -> None:
@@ -425,6 +426,13 @@ def sample_episode(
     return Episode(task.name, support, rng.sample(task.query, query_size))
 
 
+def is_right(response: str, example: Example) -> bool:
+    """Whether a response has the example's final answer; where none is known, its very words."""
+    if example.answer:
+        return grade(response, example.answer)
+    return response.split() == example.response.split()
+
+
 def draw_support(rng: random.Random, rows: Sequence[Example], size: int) -> list[Example]:
     """`size` rows in random order: without replacement, in several passes where there are fewer."""
     drawn: list[Example] = []
@@ -455,9 +463,10 @@ def template(tokenizer) -> Template:
     """The tokenizer's own chat template (prompt as user turn, response as assistant turn), or
     "Problem: ... Solution:" without one.
 
-    The template is rendered once around a marker. What ends an assistant turn is read from it too:
-    models differ in whether that is the end-of-sequence token. Raises DataError where there is
-    neither.
+    The template is rendered around markers. What opens and what ends an assistant turn is read from
+    it: hybrid thinking models put an empty thought before an answer that has none, and models
+    differ in whether the end of a turn is the end-of-sequence token. Raises DataError where there
+    is neither.
     """
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template is None:
@@ -465,25 +474,47 @@ def template(tokenizer) -> Template:
             raise DataError("the tokenizer has no end-of-sequence token and no chat template")
         before = f"{tokenizer.bos_token or ''}Problem: "
         return Template(before, "\nSolution: ", eos, frozenset(eos))
-    render = partial(tokenizer.apply_chat_template, tokenize=False)
     question = {"role": "user", "content": "<<Q>>"}
     reply = {"role": "assistant", "content": "<<A>>"}
-    before, _, after = render([question], add_generation_prompt=True).partition("<<Q>>")
-    closing = render([question, reply]).partition("<<A>>")[2].strip()
-    end = tokenizer(closing, add_special_tokens=False)["input_ids"][:1] or eos
-    if not after or not end:
+    before, _, after_question = _render(tokenizer, [question]).partition("<<Q>>")
+    between, _, closing = _render(tokenizer, [question, reply]).partition("<<A>>")
+    after = between.partition("<<Q>>")[2]
+    end = tokenizer(closing.strip(), add_special_tokens=False)["input_ids"][:1]
+    if end and end[0] not in tokenizer.all_special_ids and eos:
+        end = eos  # a turn that ends in plain text: its first token ends nothing
+    end = end or eos
+    if len(after) <= len(after_question) or not end:
         raise DataError("the tokenizer's chat template has no generation prompt or no end of turn")
     return Template(before, after, end, frozenset(end + eos))
 
 
-def prompt_text(tokenizer, messages: Sequence[dict]) -> str:
-    """What the model reads before its next answer: messages of {"role", "content"}, the last from
-    the user."""
+def _render(tokenizer, messages: Sequence[dict]) -> str:
+    """Always of the same day: a run resumed tomorrow must see the same tokens."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=False, date_string="26 Jul 2024"
+        )
+    except Exception as e:  # the template is a program: anything may go wrong in it
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise DataError(f"the tokenizer's chat template fails: {reason[:200]}") from None
+
+
+def prompt_texts(tokenizer, conversations: Sequence[Sequence[dict]]) -> list[str]:
+    """What the model reads before its next answer to each conversation.
+
+    A conversation: messages of {"role", "content"}, the last from the user.
+    """
     if tokenizer.chat_template is not None:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        question = {"role": "user", "content": "<<Q>>"}
+        closing = _render(tokenizer, [question]).partition("<<Q>>")[2]
+        opening = template(tokenizer).after.removeprefix(closing)
+        return [_render(tokenizer, messages) + opening for messages in conversations]
     names = {"system": "", "user": "Problem: ", "assistant": "Solution: "}
-    lines = [names[message["role"]] + message["content"] for message in messages]
-    return (tokenizer.bos_token or "") + "\n".join(lines) + "\nSolution: "
+    texts = []
+    for messages in conversations:
+        lines = [names[message["role"]] + message["content"] for message in messages]
+        texts.append((tokenizer.bos_token or "") + "\n".join(lines) + "\nSolution: ")
+    return texts
 
 
 def encode(tokenizer, examples: Sequence[Example], max_length: int) -> tuple[dict, int]:

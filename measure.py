@@ -9,8 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checker import grade
-from data import Encoded, Example, Task, collate, draw_support, template
+from data import Encoded, Example, Task, collate, draw_support, is_right, template
 from model import World, gathered, token_loss
 from policy import sample
 
@@ -51,7 +50,7 @@ def score(
             )
             texts = tokenizer.batch_decode([a.answer for a in answers])
             for (i, example), text in zip(items, texts, strict=True):
-                sums[i, 1] += grade(text, example.answer)
+                sums[i, 1] += is_right(text, example)
 
 
 def adaptation(

@@ -3,12 +3,14 @@
 Every function works for any Hugging Face causal language model; nothing is written for one family.
 """
 
+import copy
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
+
+from data import template
 
 EMBEDDED = {
     name: Path(__file__).resolve().parent / "tiny" / "models" / name
@@ -76,6 +80,10 @@ class World:
             dist.all_reduce(flat[0]._base, group=self.mesh.get_group("replica"))
 
 
+# Ranks wait for each other while one loads weights or plays a long rollout
+PATIENCE = timedelta(hours=6)
+
+
 def setup(replicas: int = 1) -> World:
     """Process group (without torchrun too, as the only rank) and mesh."""
     cuda = torch.cuda.is_available()
@@ -86,6 +94,7 @@ def setup(replicas: int = 1) -> World:
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        timeout=PATIENCE,
         device_id=device if cuda else None,
         **({} if "RANK" in os.environ else alone),
     )
@@ -114,12 +123,13 @@ def resolve(name: str) -> str:
     """An embedded model's name, a local folder or a hub name -> what from_pretrained takes."""
     if name in EMBEDDED:
         return str(EMBEDDED[name])
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists():
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
             raise ModelError(
                 f"{name} is a folder without config.json: not a model in Hugging Face format"
             )
-        return name
+        return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"no such model folder: {name}")
     return name
@@ -143,9 +153,15 @@ def load_config(name: str, trust_remote_code: bool = False):
         raise ModelError(
             f"cannot load model {name}: {_first_line(e)} (use tiny, a local folder, or a hub name)"
         ) from None
+    _give_pad_token(tokenizer, name)
+    return config, tokenizer
+
+
+def _give_pad_token(tokenizer, name: str) -> None:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return config, tokenizer
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"{name}: its tokenizer has neither a padding nor an end token")
 
 
 def load_processor(name: str, trust_remote_code: bool = False):
@@ -166,8 +182,7 @@ def load_processor(name: str, trust_remote_code: bool = False):
         )
     tokenizer = processor.tokenizer
     tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    _give_pad_token(tokenizer, name)
     return processor
 
 
@@ -199,8 +214,8 @@ def load_weights(name: str, dtype: torch.dtype = torch.float32, trust_remote_cod
         return auto_class(config).from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as e:
-        raise ModelError(f"cannot load model {name}: {_first_line(e)}") from None
+    except Exception as e:  # many kinds: missing, cut or foreign files, shapes unlike the config
+        raise ModelError(f"cannot load the weights of {name}: {_first_line(e)}") from None
 
 
 def skeleton(
@@ -238,6 +253,7 @@ def materialize(model, source, device: torch.device) -> None:
     where = device if device.type == "cpu" else torch.device("cuda", torch.cuda.current_device())
     values = {}
     if rank == 0:
+        model.generation_config = source.generation_config
         values = dict(source.named_parameters()) | dict(source.named_buffers())
     for name, target in [*model.named_parameters(), *model.named_buffers()]:
         if rank == 0:
@@ -399,11 +415,31 @@ def full_weights(model, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def save_pretrained(
     folder: Path, model, tokenizer, weights: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> None:
-    """config, tokenizer and safetensors, as from_pretrained and vLLM read them. One rank only."""
+    """config, tokenizer and safetensors, as from_pretrained and vLLM read them. One rank only.
+
+    The source's generation_config is kept; every token that ends a response in training is added to
+    its end tokens, else a base model trained on chat turns would never stop.
+    """
     plain = skeleton(model.config, dtype=dtype)  # the library's writer, from the class without FSDP
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
+    plain.generation_config = copy.deepcopy(model.generation_config or plain.generation_config)
+    if plain.generation_config is not None:
+        _add_end_tokens(plain.generation_config, getattr(tokenizer, "tokenizer", tokenizer))
     plain.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _add_end_tokens(generation_config, tokenizer) -> None:
+    own = generation_config.eos_token_id
+    if own is None:
+        own = []
+    stop = {own} if isinstance(own, int) else set(own)
+    stop = sorted(stop | template(tokenizer).stop)
+    generation_config.eos_token_id = stop[0] if len(stop) == 1 else stop
+    if generation_config.pad_token_id is None:
+        generation_config.pad_token_id = tokenizer.pad_token_id
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:  # some published ones set a temperature without sampling; saving refuses
+        generation_config.do_sample = True

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import prompt_text
+from data import prompt_texts
 from model import ModelError, World, gathered
 
 
@@ -296,7 +296,7 @@ class Prompt(NamedTuple):
 
 def encode_prompts(tokenizer, conversations: Sequence[list[dict]], processor=None) -> list[Prompt]:
     """Chat messages (with pictures where there is a processor) up to the model's next answer."""
-    texts = [prompt_text(tokenizer, messages) for messages in conversations]
+    texts = prompt_texts(tokenizer, conversations)
     if processor is None:
         return [Prompt(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     prompts = []
@@ -438,6 +438,14 @@ class Policy(torch.nn.Module):
 
     def tie_weights(self) -> None:
         self.lm.tie_weights()
+
+    @property
+    def generation_config(self):
+        return self.lm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value) -> None:
+        self.lm.generation_config = value
 
     def _head(
         self, hidden: torch.Tensor, targets: torch.Tensor, entropy_gradient: bool

@@ -42,7 +42,7 @@ class Args:
 
 def model_player(name: str) -> Callable[[list[dict]], str]:
     """A model's most likely answer to messages."""
-    from data import prompt_text, template
+    from data import prompt_texts, template
     from model import load_config, load_weights
     from policy import sample
 
@@ -50,7 +50,7 @@ def model_player(name: str) -> Callable[[list[dict]], str]:
     model, stop = load_weights(name).eval(), template(tokenizer).stop
 
     def answer(messages: list[dict]) -> str:
-        text = prompt_text(tokenizer, messages)
+        (text,) = prompt_texts(tokenizer, [messages])
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         (response,) = sample(model, tokenizer, [ids], max_new_tokens=256, temperature=0, stop=stop)
         return tokenizer.decode(response.answer)

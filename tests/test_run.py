@@ -140,7 +140,7 @@ def test_interrupt_saves(tmp_path, small_model):
 def test_non_finite_steps(tmp_path, small_model, capsys):
     """An inner learning rate that overflows: steps are skipped and counted, after 5 the run ends
     with status 1."""
-    overflow = ["--steps", "20", "--eval-every", "-1", "--inner-lr", "1e30"]
+    overflow = ["--steps", "20", "--eval-every", "-1", "--inner-steps", "6", "--inner-lr", "100"]
     settings = ["--model", small_model, *META_RUN, *overflow, "--output-dir", tmp_path / "r"]
     assert run_here(fomaml, *settings) == 1
     assert "not finite in 5 steps" in capsys.readouterr().err
@@ -162,7 +162,7 @@ BAD = {
         ("--task-column colour", "grouped by family or subject"),
         ("--meta-gradient maml --micro-batch 1", "one process"),
         ("--max-length 8", "needs"),
-        ("--inner-lr nan", "positive number"),
+        ("--inner-lr nan", "must be in (0, 100]"),
     ],
     "meta_lora": [
         (
@@ -186,7 +186,7 @@ BAD = {
         ("--warmup-steps 99", "--warmup-steps must be between"),
         ("--vision", "--vision is for the games"),
         ("--task virl --routes /no", "not a route file"),
-        ("--lr nan", "positive number"),
+        ("--lr nan", "must be in (0, 100]"),
     ],
     "eval": [
         (
