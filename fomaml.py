@@ -537,7 +537,7 @@ def main(args: Args, world: World) -> int:
                 problems=args.eval_problems,
                 max_new_tokens=args.eval_max_new_tokens,
                 seed=args.seed,
-                stop=run.stop_agreed,
+                stop=run.stop,
             )
             lines = adaptation_lines(step, result, first=len(run.evaluations) < 2)
             run.evaluation(step, result, lines, average(result) if result else None)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from data import Encoded, Example, Task, collate, draw_support, is_right, template
 from model import World, gathered, token_loss
-from policy import sample
+from policy import never, sample
 
 # --------------------------------------------------------------------------------------------------
 # Adaptation to tasks
@@ -25,11 +25,13 @@ def score(
     tokenizer,
     max_new_tokens: int,
     sums: torch.Tensor,
+    interrupted: Callable[[], bool] = never,
 ) -> None:
     """sums[task] += (response-token loss, right greedy answers) of this rank's (task, example)s.
 
     Every rank has the whole weights meanwhile, so ranks may have different numbers of items.
-    max_new_tokens 0: loss only. sums: [tasks, 2], float64.
+    max_new_tokens 0: loss only. sums: [tasks, 2], float64. interrupted: asked on the way; once it
+    says so, the sums stay incomplete.
     """
     by_task = defaultdict(list)
     for i, example in items:
@@ -38,6 +40,8 @@ def score(
         for i, rows in by_task.items():
             rows = sorted(rows, key=lambda row: len(row.ids))
             for at in range(0, len(rows), 16):
+                if interrupted():
+                    return
                 batch = collate(rows[at : at + 16], tokenizer.pad_token_id)
                 batch = {name: x.to(sums.device) for name, x in batch.items()}
                 sums[i, 0] += token_loss(model, batch).double()
@@ -46,7 +50,13 @@ def score(
             prompts = [row.ids[: row.prompt_length] for row in rows]
             stop = template(tokenizer).stop
             answers = sample(
-                model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0, stop=stop
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=0,
+                stop=stop,
+                interrupted=interrupted,
             )
             texts = tokenizer.batch_decode([a.answer for a in answers])
             for (i, example), text in zip(items, texts, strict=True):
@@ -66,28 +76,32 @@ def adaptation(
     problems: int,
     max_new_tokens: int,
     seed: int,
-    stop: Callable[[], bool] | None = None,
+    stop,
 ) -> dict[str, dict] | None:
     """{task: loss_before, loss_after, accuracy_before, accuracy_after, problems} on its test rows.
 
     adapt(rows) trains on a task's `shots` support rows, the same at every call with the same seed;
     restore() brings the weights back. Replicas take different tasks, the ranks of one replica
-    different problems. None where stop() said so. Losses in nats a token. Collective.
+    different problems. stop: see run.Stop; None once a stop is agreed on. Losses in nats a token.
+    Collective.
     """
     tests = [task.test[:problems] for task in tasks]
     pool = [(i, example) for i, rows in enumerate(tests) for example in rows]
     sums = torch.zeros(len(tasks), 4, dtype=torch.float64, device=world.device)
     before, after = sums[:, :2], sums[:, 2:]  # each: loss, right answers
-    score(model, pool[world.rank :: world.size], tokens, tokenizer, max_new_tokens, before)
+    mine = pool[world.rank :: world.size]
+    score(model, mine, tokens, tokenizer, max_new_tokens, before, stop.is_requested)
     for i, task in enumerate(tasks):
-        if stop is not None and i % world.replicas == 0 and stop():
+        if i % world.replicas == 0 and stop.agreed():
             return None
         if i % world.replicas == world.replica:
             rng = random.Random(f"{seed}/evaluation/{task.name}")
             adapt(draw_support(rng, task.support, shots))
             mine = [(i, example) for example in tests[i][world.shard :: world.shards]]
-            score(model, mine, tokens, tokenizer, max_new_tokens, after)
+            score(model, mine, tokens, tokenizer, max_new_tokens, after, stop.is_requested)
             restore()
+    if stop.agreed():
+        return None
     dist.all_reduce(sums)
     result = {}
     for task, rows, numbers in zip(tasks, tests, sums.tolist(), strict=True):
@@ -215,17 +229,20 @@ def trajectory_counts(trajectory, game) -> dict:
     }
 
 
-def play_tests(play: Callable, tests: dict[str, tuple], world: World) -> dict[str, dict]:
+def play_tests(play: Callable, tests: dict[str, tuple], world: World, stop) -> dict | None:
     """{test set: accuracy, step_accuracy, reward, length, truncated, episodes}, greedy.
 
     tests: {name: (game, number of episodes)}; every rank plays some of each. play(game, seeds,
     samples, key, temperature) -> groups. accuracy: fraction of episodes won; step_accuracy: right
     turns / turns; for cards in pictures also recognition, the fraction of turns that name them.
-    Under FSDP2 call it within gathered(model). Collective.
+    stop: see run.Stop; None once a stop is agreed on. Under FSDP2 call it within gathered(model).
+    Collective.
     """
     result = {}
     for name, (game, n) in tests.items():
         groups = play(game, range(world.rank, n, world.size), 1, "test", 0.0)
+        if stop.agreed():
+            return None
         rows = [trajectory_counts(trajectory, game) for (trajectory,) in groups]
         counts = world.sum(*(sum(row[k] for row in rows) for k in COUNTS))
         sums = dict(zip(COUNTS, counts, strict=True))

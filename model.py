@@ -64,9 +64,13 @@ class World:
 
     def say(self, text: str) -> None:
         """A line on the terminal, from rank 0 alone, above a progress bar."""
-        if self.rank == 0:
+        if self.rank != 0:
+            return
+        try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+        except BrokenPipeError:  # nobody reads any more, as after `| head`: the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over all ranks, in float64. Collective."""
@@ -135,7 +139,7 @@ def resolve(name: str) -> str:
     return name
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What a library's error says, for a message of one line."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
@@ -151,9 +155,13 @@ def load_config(name: str, trust_remote_code: bool = False):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as e:  # many kinds: hub, network, JSON, unknown architecture
         raise ModelError(
-            f"cannot load model {name}: {_first_line(e)} (use tiny, a local folder, or a hub name)"
+            f"cannot load model {name}: {first_line(e)} (use tiny, a local folder, or a hub name)"
         ) from None
     _give_pad_token(tokenizer, name)
+    if not hasattr(config.get_text_config(), "num_attention_heads"):
+        raise ModelError(
+            f"{name} is a {config.model_type} model, without attention layers: not supported"
+        )
     return config, tokenizer
 
 
@@ -175,7 +183,7 @@ def load_processor(name: str, trust_remote_code: bool = False):
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as e:
-        raise ModelError(f"cannot load the processor of {name}: {_first_line(e)}") from None
+        raise ModelError(f"cannot load the processor of {name}: {first_line(e)}") from None
     if not hasattr(processor, "image_processor"):
         raise ModelError(
             f"{name} takes no pictures: use tiny_vision or a model of AutoModelForImageTextToText"
@@ -215,7 +223,7 @@ def load_weights(name: str, dtype: torch.dtype = torch.float32, trust_remote_cod
             path, dtype=dtype, trust_remote_code=trust_remote_code
         )
     except Exception as e:  # many kinds: missing, cut or foreign files, shapes unlike the config
-        raise ModelError(f"cannot load the weights of {name}: {_first_line(e)}") from None
+        raise ModelError(f"cannot load the weights of {name}: {first_line(e)}") from None
 
 
 def skeleton(
@@ -272,6 +280,25 @@ def materialize(model, source, device: torch.device) -> None:
 def parameter_count(config, trust_remote_code: bool = False) -> int:
     model = skeleton(config, trust_remote_code=trust_remote_code)
     return sum(p.numel() for p in model.parameters())
+
+
+def check_positions(config, tokens: int, flags: str) -> None:
+    """Raises ModelError if the model has fewer positions than `tokens`, which `flags` limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and tokens > positions:
+        raise ModelError(
+            f"rows of up to {tokens} tokens, but the model has {positions} positions: lower {flags}"
+        )
+
+
+def turn_off_dropout(model) -> None:
+    """For reinforcement learning: the policy that is trained must be the one that was sampled."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ log-probabilities of given responses without ever holding [B, T, V] in fp32.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -197,7 +197,9 @@ def _without_ended(ended: torch.Tensor) -> torch.Tensor:
     return kept
 
 
-def _decode(model, ids, mask, rows, seeds, responses, stop_ids, n, temperature, top_p, bar) -> None:
+def _decode(
+    model, ids, mask, rows, seeds, responses, n, bar, stop_ids, temperature, top_p, interrupted
+) -> None:
     """Draws the responses of one batch of prompts into `rows` of responses, n to a prompt.
 
     ids, mask [B, T] the prompts, padded on the left; rows, seeds [B n].
@@ -206,6 +208,8 @@ def _decode(model, ids, mask, rows, seeds, responses, stop_ids, n, temperature, 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = None
     for t in range(max_new_tokens):
+        if interrupted():
+            break
         out = model(
             input_ids=ids,
             attention_mask=mask,
@@ -240,6 +244,41 @@ def _decode(model, ids, mask, rows, seeds, responses, stop_ids, n, temperature, 
     bar.update(len(rows))
 
 
+def _decode_in_place(model, ids, rows, seeds, responses, stop_ids, temperature, top_p, interrupted):
+    """The same for models some of whose layers keep a state instead of keys and values.
+
+    Such a state cannot be repeated or selected row by row in the library, and padding would run
+    into it: ids [B n, T] are prompts of one length, and rows stay until all are finished.
+    """
+    going = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
+    cache = None
+    for t in range(responses.tokens.shape[1]):
+        if interrupted() or not going.any():
+            break
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        u = _uniform(seeds[rows], t)
+        token, logprob = _draw(out.logits[:, -1].float(), u, temperature, top_p)
+        responses.tokens[rows[going], t] = token[going]
+        responses.logprobs[rows[going], t] = logprob[going]
+        ended = going & torch.isin(token, stop_ids)
+        responses.finished[rows[ended]] = True
+        responses.lengths[rows[ended]] = t + 1
+        going &= ~ended
+        ids = token[:, None]
+
+
+def _has_rows(model) -> bool:
+    """Whether every layer of the cache holds keys and values, which can be dropped row by row."""
+    attention = {"full_attention", "sliding_attention", "chunked_attention"}
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or attention
+    return attention.issuperset(kinds) and not getattr(model, "_is_stateful", False)
+
+
+def never() -> bool:
+    return False
+
+
 @torch.no_grad()
 def sample(
     model,
@@ -254,14 +293,16 @@ def sample(
     batch_size: int = 128,
     progress: str | None = None,
     seeds: Sequence[int] | None = None,
+    interrupted: Callable[[], bool] = never,
 ) -> list[Sample]:
     """samples_per_prompt responses to each prompt (token ids), prompt by prompt.
 
     A prompt is prefilled once and its cache repeated; finished rows leave the batch and its cache.
     Every sequence has its own random stream, seeded by the generator (or by `seeds`, one for each
     response), so batching changes results only where rounding decides a near-tie. stop: tokens that
-    end a response (default: the end-of-sequence token). progress: the title of a bar. Under FSDP2
-    call it within gathered(model).
+    end a response (default: the end-of-sequence token). progress: the title of a bar. interrupted:
+    asked before every token; once it says so, what has been drawn is returned, cut short. Under
+    FSDP2 call it within gathered(model).
     """
     device = next(model.parameters()).device
     stop_ids = torch.tensor(sorted(stop or {tokenizer.eos_token_id}), device=device)
@@ -271,16 +312,24 @@ def sample(
     seeds = torch.as_tensor(seeds).to(device)
     responses = _Responses(count, max_new_tokens, device)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = max(1, batch_size // n)
+    has_rows, size = _has_rows(model), max(1, batch_size // n)
     bar = tqdm(total=count, desc=progress, disable=progress is None, unit="response")
-    for at in range(0, len(order), size):
-        chosen = order[at : at + size]
-        ids, mask = _left_padded([prompts[i] for i in chosen], tokenizer.pad_token_id, device)
+    while order and not interrupted():
+        chosen = order[:size]
+        if not has_rows:
+            chosen = [i for i in chosen if len(prompts[i]) == len(prompts[chosen[0]])]
+        order = order[len(chosen) :]
         first = torch.tensor(chosen, device=device)[:, None] * n
         rows = (first + torch.arange(n, device=device)).flatten()  # where the results go
-        _decode(
-            model, ids, mask, rows, seeds, responses, stop_ids, n, temperature, top_p, bar
-        )  # fmt: skip
+        batch = [prompts[i] for i in chosen]
+        how = stop_ids, temperature, top_p, interrupted
+        if has_rows:
+            ids, mask = _left_padded(batch, tokenizer.pad_token_id, device)
+            _decode(model, ids, mask, rows, seeds, responses, n, bar, *how)
+        else:
+            ids = torch.tensor(batch, device=device).repeat_interleave(n, 0)
+            _decode_in_place(model, ids, rows, seeds, responses, *how)
+            bar.update(len(rows))
     bar.close()
     return responses.samples()
 
@@ -470,7 +519,10 @@ class Policy(torch.nn.Module):
         (None without a head), all [B, T-1] and 0 outside of the mask. The vocabulary is gone
         through for response tokens only, some at a time.
         """
-        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False, **inputs)[0]
+        base = self.lm.base_model
+        if base is self.lm:  # Llama 4 does not say which part is without the head
+            base = self.lm.model
+        hidden = base(input_ids=input_ids, use_cache=False, **inputs)[0]
         hidden = hidden[:, :-1][mask]  # [n, H]
         targets = input_ids[:, 1:][mask]  # [n]
         # 512 MB of fp32 logits at a time; where there are more, they are made again in backward

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import resource
+import secrets
 import shutil
 import signal
 import sys
@@ -21,7 +22,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import DataError
-from model import ModelError, World, full_weights, parameter_count, save_pretrained, setup
+from model import (
+    ModelError,
+    World,
+    first_line,
+    full_weights,
+    parameter_count,
+    save_pretrained,
+    setup,
+)
 
 # --------------------------------------------------------------------------------------------------
 # The run folder and its checkpoints
@@ -48,16 +57,16 @@ def run_folder(output_dir: str, settings: dict, resume: bool, free: set[str], ra
 def _claim_folder(output_dir: str, settings: dict, resume: bool, free: set[str]) -> Path:
     import transformers
 
-    folder, number = Path(output_dir), 2
+    if not output_dir:
+        raise ModelError("--output-dir must name a folder")
+    folder, number = Path(output_dir).expanduser(), 2
+    if (folder / "state").is_dir():
+        raise ModelError(f"{folder} is a checkpoint: give the run folder, {folder.parent}")
     while not resume and (folder / "args.json").exists():
-        folder, number = Path(f"{output_dir}-{number}"), number + 1
+        folder, number = Path(f"{output_dir}-{number}").expanduser(), number + 1
     settings = json.loads(json.dumps(settings))
     if (folder / "args.json").exists():
-        old = json.loads((folder / "args.json").read_text())["args"]
-        changed = [k for k, v in settings.items() if k not in free and old.get(k, v) != v]
-        if changed:
-            flags = ", ".join(f"--{k.replace('_', '-')} {old[k]}" for k in changed)
-            raise ModelError(f"--resume: {folder} was started with {flags}; give the same")
+        _check_same(folder, settings, free)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     versions = {
@@ -65,9 +74,28 @@ def _claim_folder(output_dir: str, settings: dict, resume: bool, free: set[str])
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    record = {"args": settings, "command": sys.argv, "ranks": dist.get_world_size()}
-    (folder / "args.json").write_text(json.dumps(record | {"versions": versions}, indent=1))
+    record = {
+        "args": settings,
+        "command": sys.argv,
+        "ranks": dist.get_world_size(),
+        "versions": versions,
+        "id": f"{folder.name}-{secrets.token_hex(4)}",  # Weights & Biases must not join two runs
+    }
+    (folder / "args.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return folder
+
+
+def _check_same(folder: Path, settings: dict, free: set[str]) -> None:
+    """Raises ModelError where a run is to be resumed with other settings than it was started."""
+    try:
+        old = json.loads((folder / "args.json").read_text(encoding="utf-8"))["args"]
+        changed = [k for k, v in settings.items() if k not in free and old.get(k, v) != v]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"--resume: {folder / 'args.json'} is damaged") from None
+    if changed:
+        flags = ", ".join(f"--{k.replace('_', '-')} {old[k]}" for k in changed)
+        why = " (the schedule is made for --steps)" if "steps" in changed else ""
+        raise ModelError(f"--resume: {folder} was started with {flags}; give the same{why}")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -91,7 +119,7 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], extra: dict, ke
     dist.barrier()
     write(tmp)
     if rank == 0:
-        (tmp / "state" / "extra.json").write_text(json.dumps(extra))
+        (tmp / "state" / "extra.json").write_text(json.dumps(extra), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         tmp.rename(final)
         link = folder.with_name(folder.name + ".tmp")
@@ -165,25 +193,33 @@ class Log:
             for name, rows in kept.items():
                 if rows or name != "samples.jsonl":  # only amft.py has samples
                     lines = "".join(json.dumps(row) + "\n" for row in rows)
-                    (folder / name).write_text(lines)
+                    (folder / name).write_text(lines, encoding="utf-8")
             if settings["wandb"]:
                 import wandb
 
+                record = json.loads((folder / "args.json").read_text(encoding="utf-8"))
                 self.wandb = wandb.init(
-                    project=project, name=folder.name, id=folder.name, resume="allow",
-                    config=settings, dir=folder,
+                    project=project, name=folder.name, id=record.get("id", folder.name),
+                    resume="allow", config=settings, dir=folder,
                 )  # fmt: skip
         dist.barrier()
 
     def _rows_until(self, step: int, name: str) -> list[dict]:
         file = self.folder / name
-        lines = file.read_text().splitlines() if file.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut a line
-        return [row for row in rows if row["step"] <= step]
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        rows = []
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # a kill may cut a line
+            if row["step"] <= step:
+                rows.append(row)
+        return rows
 
     def append(self, name: str, row: dict) -> None:
         if self.active:
-            with open(self.folder / name, "a") as f:
+            with open(self.folder / name, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
     def send(self, values: dict, step: int) -> None:
@@ -207,6 +243,10 @@ class Stop:
     def _request(self, signum, frame):
         self.requested = True
         signal.signal(signum, signal.SIG_DFL)
+
+    def is_requested(self) -> bool:
+        """Whether this rank was asked to stop: for work that it can break off alone."""
+        return self.requested
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective."""
@@ -243,18 +283,13 @@ class Run:
         that says what is trained.
         """
         self.checkpoint, self.own_state = checkpoint, {} if own_state is None else own_state
-        found = checkpoints(self.folder) if self.args.resume else []
-        if found:
-            checkpoint.read(found[-1])
-            saved = json.loads((found[-1] / "state" / "extra.json").read_text())
-            self.state = {k: saved[k] for k in self.state}
-            self.own_state.update({k: saved[k] for k in self.own_state})
+        resumed = self._read_newest() if self.args.resume else False
         step = self.state["step"]
-        self.saved_at = step if found else -1
+        self.saved_at = step if resumed else -1
         self.stop = Stop(self.world)
         self.world.say(
             f"{self.title}: {parameters}, {self.world.size} rank(s), run folder {self.folder}"
-            + (f", resumed at step {step}" if found else "")
+            + (f", resumed at step {step}" if resumed else "")
         )
         self.log_files = Log(
             self.project, asdict(self.args), self.folder, self.world.rank == 0, step
@@ -267,6 +302,26 @@ class Run:
             desc=self.title,
             mininterval=0.5,
         )
+
+    def _read_newest(self) -> bool:
+        """The newest checkpoint that is whole; False if there is none yet. Collective.
+
+        Raises ModelError if there are some, but all are damaged.
+        """
+        found = checkpoints(self.folder)
+        for folder in reversed(found):
+            try:
+                saved = json.loads((folder / "state" / "extra.json").read_text(encoding="utf-8"))
+                self.state = {k: saved[k] for k in self.state}
+                self.own_state.update({k: saved[k] for k in self.own_state})
+                self.checkpoint.read(folder)
+            except Exception as e:  # whatever a half-written or overwritten file leads to
+                self.world.say(f"warning: {folder} is damaged ({first_line(e)})")
+                continue
+            return True
+        if found:
+            raise ModelError(f"--resume: every checkpoint of {self.folder} is damaged")
+        return False
 
     def steps(self):
         """The numbers of the steps to take, and the last one's successor, which only evaluates.
@@ -385,7 +440,13 @@ class Run:
         if self.saved_at != self.state["step"]:
             extra = self.state | self.own_state
             link = self.folder / "checkpoint"
-            save_checkpoint(link, self.checkpoint.write, extra, self.args.keep)
+            try:
+                save_checkpoint(link, self.checkpoint.write, extra, self.args.keep)
+            except Exception as e:  # a full disk is an error of many classes
+                good = checkpoints(self.folder)[-1:] or ["none"]
+                raise ModelError(
+                    f"cannot write a checkpoint: {first_line(e)}. Last good one: {good[0]}"
+                ) from None
             self.saved_at = self.state["step"]
 
     @property
@@ -410,9 +471,9 @@ class Run:
 
             if self.evaluations:
                 first, last = min(self.evaluations), max(self.evaluations)
-                print("\n" + table(self.evaluations[first], self.evaluations[last]))
+                self.world.say("\n" + table(self.evaluations[first], self.evaluations[last]))
             plots.figure([self.folder], self.folder / picture)
-            print(
+            self.world.say(
                 f"\n{time.time() - self.began:.0f} s; model: {self.folder / 'checkpoint'}; "
                 f"picture: {self.folder / picture}{files}"
             )
@@ -546,6 +607,10 @@ def start(script: str, args, check: Callable, examine: Callable, main: Callable)
         else:
             time.sleep(5)  # torchrun ends all ranks when one fails: let rank 0 speak first
         return 2
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(f"{script}: interrupted, nothing new is saved", file=sys.stderr, flush=True)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

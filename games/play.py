@@ -5,13 +5,13 @@ A game is anything with reset, prompt, step and expert, see rules.py.
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from data import template
 from model import gathered
-from policy import Sample, encode_prompts, sample, sample_with_pictures
+from policy import Sample, encode_prompts, never, sample, sample_with_pictures
 
 
 class Turn(NamedTuple):
@@ -61,17 +61,19 @@ def play(
     temperature: float = 1.0,
     progress: str | None = None,
     processor=None,
+    interrupted: Callable[[], bool] = never,
 ) -> list[list[Trajectory]]:
     """`samples` episodes for each seed. All that are not over advance together, in one call of the
     sampler a turn.
 
     key names the random streams: one for each (key, seed, sample, turn), so that the split over
-    ranks does not change them. Under FSDP2 call it within gathered(model).
+    ranks does not change them. interrupted: asked on the way; once it says so, the trajectories
+    are cut short. Under FSDP2 call it within gathered(model).
     """
     places = itertools.product(seeds, range(samples))
     players = [_Player(seed, number, game.reset(seed)) for seed, number in places]
     active, turn, stop = players, 0, template(tokenizer).stop
-    while active:
+    while active and not interrupted():
         together = samples if turn == 0 else 1  # at first the samples of a seed share their prompt
         messages = [game.prompt(p.state) for p in active[::together]]
         prompts = encode_prompts(tokenizer, messages, processor)
@@ -89,6 +91,7 @@ def play(
                 batch_size=batch_size,
                 seeds=streams,
                 progress=progress,
+                interrupted=interrupted,
             )
         else:
             responses = sample_with_pictures(
@@ -142,15 +145,16 @@ def demonstrate(tokenizer, game, seed: int, processor=None) -> Trajectory:
 class Actor:
     """A policy with what it needs to play: one for each rank of a run.
 
-    policy: the sharded model, of which lm is the language model (or the same).
+    policy: the sharded model, of which lm is the language model (or the same). stop: see run.Stop.
     """
 
     def __init__(
-        self, policy, lm, tokenizer, processor, world, *, seed, max_new_tokens, batch_size
+        self, policy, lm, tokenizer, processor, world, *, seed, max_new_tokens, batch_size, stop
     ):
         self.policy, self.lm, self.world = policy, lm, world
         self.tokenizer, self.processor = tokenizer, processor
         self.seed, self.max_new_tokens, self.batch_size = seed, max_new_tokens, batch_size
+        self.stop = stop
 
     def play(self, game, seeds, samples: int, key: str, temperature: float = 1.0):
         """Groups of trajectories, one a seed, while the policy is gathered; see play."""
@@ -167,6 +171,7 @@ class Actor:
             temperature,
             "rollout" if long else None,
             self.processor,
+            self.stop.is_requested,
         )
 
     def rollout(self, game, seeds, samples: int, key) -> list[list[Trajectory]]:

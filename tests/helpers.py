@@ -187,6 +187,14 @@ def random_rows(
 # --------------------------------------------------------------------------------------------------
 # Runs
 
+# amft.py on a few short responses: 14 steps, a meta-gradient at each of the last ones
+AMFT_RUN = [
+    "--model", "tiny_bare", "--steps", "14", "--save-every", "4", "--eval-every", "7",
+    "--eval-problems", "6", "--prompts-per-step", "4", "--samples", "4", "--max-new-tokens", "24",
+    "--validation-prompts", "4", "--validation-size", "8", "--mu-every", "1",
+    "--warmup-steps", "2", "--show", "1", "--micro-batch", "8",
+]  # fmt: skip
+
 
 def one_rank_mesh():
     return dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard"))

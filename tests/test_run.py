@@ -16,6 +16,7 @@ import amft
 import fomaml
 import meta_lora
 from tests.helpers import (
+    AMFT_RUN,
     ROOT,
     assert_same_weights,
     command,
@@ -37,12 +38,6 @@ META_RUN = [
     "--steps", "6", "--save-every", "2", "--eval-every", "3", "--eval-problems", "4",
     "--eval-tasks", "2", "--eval-max-new-tokens", "4", "--inner-steps", "2",
     "--tasks-per-step", "2", "--support-batch", "2", "--query-batch", "2", "--gain-every", "2",
-]  # fmt: skip
-AMFT_RUN = [
-    "--model", "tiny_bare", "--steps", "14", "--save-every", "4", "--eval-every", "7",
-    "--eval-problems", "6", "--prompts-per-step", "4", "--samples", "4", "--max-new-tokens", "24",
-    "--validation-prompts", "4", "--validation-size", "8", "--mu-every", "1",
-    "--warmup-steps", "2", "--show", "1", "--micro-batch", "8",
 ]  # fmt: skip
 
 

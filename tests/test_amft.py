@@ -1,0 +1,551 @@
+"""amft.py: losses by hand, batches against a loop over rows, the derivative by mu against finite
+differences; runs of every method, of the games, on two ranks."""
+
+import copy
+import itertools
+import math
+import shutil
+import types
+
+import pytest
+import torch
+
+import amft
+from games.play import Trajectory, Turn
+from model import World, auto_class, load_config, load_processor
+from policy import Policy
+from tests.helpers import (
+    AMFT_RUN,
+    final_weights,
+    logged,
+    one_rank_mesh,
+    random_rows,
+    run_here,
+    run_well,
+    small_llama,
+)
+
+# --------------------------------------------------------------------------------------------------
+# Losses, advantages and mu by hand
+
+
+def tokens_of(logprobs: torch.Tensor, **changes) -> amft.Tokens:
+    """One response [1, L] with advantages 1, its own sample, not won."""
+    ones = torch.ones_like(logprobs)
+    values = {
+        "logprobs": logprobs,
+        "entropy": ones,
+        "values": None,
+        "old": torch.zeros_like(logprobs),
+        "advantages": ones,
+        "returns": ones,
+        "mask": ones.bool(),
+        "weight": ones[:, :1],
+        "demonstration": torch.tensor([[False]]),
+        "right": torch.tensor([[False]]),
+    }
+    return amft.Tokens(**values | changes)
+
+
+P = (0.5, 0.2, 0.9)  # of three tokens
+OLD_P = (0.4, 0.4, 0.9)  # ratios 1.25, 0.5, 1
+
+
+def logs(probabilities) -> torch.Tensor:
+    return torch.tensor([[math.log(p) for p in probabilities]], dtype=torch.float64)
+
+
+def assert_loss(loss, values, slopes, args=None, **changes) -> None:
+    """A loss of the three tokens, and its derivative by log pi."""
+    logprobs = logs(P).requires_grad_()
+    got = loss(tokens_of(logprobs, **changes), args or amft.Args())
+    (slope,) = torch.autograd.grad(got.sum(), logprobs)
+    assert got.tolist()[0] == pytest.approx(values, abs=1e-12)
+    assert slope.tolist()[0] == pytest.approx(slopes, abs=1e-12)
+
+
+def test_amft_losses_by_hand():
+    """Each loss and its derivative by log pi, on numbers worked out apart."""
+    old, two = logs(OLD_P), torch.full((1, 3), 2.0, dtype=torch.float64)
+    shown, right = torch.tensor([[True]]), torch.tensor([[True]])
+    # PPO, A = 1: 1.25 is cut to 1.2, no gradient; 0.5 stays
+    assert_loss(amft.ppo_loss, [-1.2, -0.5, -1.0], [0.0, -0.5, -1.0], old=old)
+    # A = -1: 1.25 stays; 0.5 is cut to 0.8, no gradient
+    assert_loss(amft.ppo_loss, [1.25, 0.8, 1.0], [1.25, 0.0, 1.0], old=old, advantages=-two / 2)
+    # LUFFY: p / (p + 0.1) with derivative p * 0.1 / (p + 0.1)^2 by log p
+    shaped = [-2 * p / (p + 0.1) for p in P]
+    slopes = [-2 * p * 0.1 / (p + 0.1) ** 2 for p in P]
+    assert_loss(amft.luffy_loss, shaped, slopes, advantages=two, demonstration=shown)
+    # own tokens by their ratio, unclipped
+    unclipped = [-2.5, -1.0, -2.0]
+    assert_loss(amft.luffy_loss, unclipped, unclipped, old=old, advantages=two)
+    assert_loss(amft.reinforce_loss, unclipped, unclipped, old=old, advantages=two)
+    # SRFT, H = 0.7: demonstrations 0.5 e^-H (-log p) + min(p A, clip(p, 0.8, 1.2) A), A = 1: p
+    # itself below 1.2
+    H = torch.tensor([[0.5, 0.7, 0.9]], dtype=torch.float64)
+    e = math.exp(0.7)
+    values = [-0.5 / e * math.log(p) - p for p in P]
+    slopes = [-0.5 / e - p for p in P]
+    assert_loss(amft.srft_loss, values, slopes, entropy=H, demonstration=shown, right=right)
+    # own: 0.1 e^H (-log p) if right, log p if wrong
+    values = [-0.1 * e * math.log(p) for p in P]
+    assert_loss(amft.srft_loss, values, [-0.1 * e] * 3, entropy=H, old=old, right=right)
+    assert_loss(amft.srft_loss, [math.log(p) for p in P], [1.0] * 3, entropy=H, old=old)
+    # SFT, and CHORD-phi: p (1 - p) is a constant to the gradient
+    surprise = [-math.log(p) for p in P]
+    assert_loss(amft.sft_loss, surprise, [-1.0] * 3)
+    assert_loss(amft.chord_sft_loss, surprise, [-1.0] * 3)
+    values = [-p * (1 - p) * math.log(p) for p in P]
+    slopes = [-p * (1 - p) for p in P]
+    assert_loss(amft.chord_sft_loss, values, slopes, amft.Args(chord_phi=True))
+    advantages_by_hand()
+
+
+def advantages_by_hand():
+    # (1, 0, 0, 1): mean 1/2, std with n - 1 = sqrt(1/3)
+    unit = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    got = amft.group_advantages([1.0, 0, 0, 1], "grpo")
+    assert got == pytest.approx([unit, -unit, -unit, unit])
+    assert amft.group_advantages([1.0] * 4, "grpo") == [0] * 4
+    assert amft.group_advantages([3.0, 0, 0], "mean") == [2, -1, -1]
+    got = amft.group_advantages([3.0, 0, 0], "leave_one_out")
+    assert got == pytest.approx([3, -1.5, -1.5])
+    # V = (0.5, 0.2, 0.4), reward 1, lambda 0.5: deltas -0.3, 0.2, 0.6 -> 0.6, 0.2 + 0.3, -0.3 + 0.25
+    assert amft.gae([0.5, 0.2, 0.4], 1.0, 0.5) == pytest.approx([-0.05, 0.5, 0.6])
+    assert amft.gae([0.5, 0.2], 1.0, 1.0) == pytest.approx([0.5, 0.8])
+    trajectory = Trajectory([Turn([], [], [], True, "", r) for r in (-1.0, -2.0, 5.0)])
+    assert trajectory.returns(1.0) == [2, 3, 5]
+    assert trajectory.returns(0.5) == [-0.75, 0.5, 5]
+
+
+def controller_of(**settings) -> amft.Controller:
+    """With an entropy target of 0.5."""
+    controller = amft.Controller(amft.Args(**settings))
+    controller.state["entropy_target"] = 0.5
+    return controller
+
+
+def test_controller():
+    """Both forms of eq. (6), both signs, the schedules of the other methods."""
+    printed = controller_of(mu_update="printed", mu_init=0.5)
+    by_entropy = printed.update(1, None, 0.3)["mu_change/entropy"]
+    assert by_entropy == pytest.approx(5e-4 * 0.2)
+    printed.update(20, 0.1, 0.5)
+    assert printed.mu == pytest.approx(0.5 + 5e-4 * 0.2 + 1e-4 * 0.1)
+    text = controller_of(mu_update="printed", entropy_sign="text")
+    by_entropy = text.update(1, None, 0.3)["mu_change/entropy"]
+    assert by_entropy == pytest.approx(-5e-4 * 0.2)
+    ours = controller_of(mu_every=5, no_entropy_term=True)
+    changes = []
+    for k, gradient in enumerate((3.0, 0.0, -4.0, 5.0, -100.0), 1):
+        changes.append(ours.update(5 * k, gradient, 0.1)["mu_change/meta_gradient"])
+    assert changes == pytest.approx([0, 0, 0, 0.05 * 5 / math.sqrt(12.5), -0.15])
+    assert ours.mu == pytest.approx(0.5 + sum(changes))
+    entropy = controller_of(mu_every=5, mu_init=0.94)
+    assert entropy.update(4, None, 0.1)["mu_change/entropy"] == 0
+    entropy.state["entropy_target"] = 0.7
+    by_entropy = entropy.update(5, None, 0.1)["mu_change/entropy"]
+    assert by_entropy == pytest.approx(0.03)
+    assert entropy.mu == 0.95
+
+
+def mu_at(step: int, **settings) -> float:
+    """A method's mu at a step after the warm-up."""
+    args = amft.with_defaults(amft.Args(**settings))
+    return amft.METHODS[args.method].mu(args, step, amft.Controller(args))
+
+
+def test_schedules_of_mu():
+    steps = (0, 4, 5)
+    assert [mu_at(step, method="sft_then_rl", steps=10) for step in steps] == [1, 1, 0]
+    assert mu_at(5) == 0.5
+    assert mu_at(3, method="rl") == 0
+    assert mu_at(0, method="chord") == pytest.approx(0.9)
+    assert mu_at(100, method="chord") == pytest.approx(0.475)
+    assert mu_at(500, method="chord") == pytest.approx(0.05)
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches against a loop over rows
+
+
+def amft_learner(model, optimizer=None, **settings) -> amft.PolicyLearner:
+    """Of one rank. Without an optimizer its steps change nothing."""
+    args = amft.with_defaults(amft.Args(**{"micro_batch": 3, "samples": 4} | settings))
+    policy = Policy(model, args.advantage == "gae").to(next(model.parameters()).dtype).train()
+    if optimizer is None:
+        still = {"params": list(policy.parameters()), "lr": 0.0, "peak": 0.0}
+        optimizer = torch.optim.AdamW([still])
+    world = World(torch.device("cpu"), mesh=one_rank_mesh())
+    return amft.PolicyLearner(args, policy, optimizer, world, 0)
+
+
+def response_tokens(rows: list) -> int:
+    return sum(len(row.turn.ids) for row in rows)
+
+
+class PlainLosses:
+    """Each method's loss of rows, one by one and unpadded, by its own normalisation."""
+
+    def __init__(self, learner: amft.PolicyLearner, rl: list, sft: list):
+        self.args, self.policy = learner.args, learner.policy
+        self.rl, self.sft = rl, sft
+        self.kept = [row for row in rl if row.turn.finished or not self.args.mask_truncated]
+
+    def outputs(self, row) -> types.SimpleNamespace:
+        """Of the response tokens."""
+        ids, n = torch.tensor([row.turn.prompt + row.turn.ids]), len(row.turn.prompt)
+        out = self.policy.lm(ids, output_hidden_states=True, use_cache=False)
+        logprobs = out.logits[0, n - 1 : -1].log_softmax(-1)
+        old = torch.tensor(row.turn.old_logprobs, dtype=torch.float64)
+        logp = logprobs.gather(1, ids[0, n:, None]).squeeze(1)
+        return types.SimpleNamespace(
+            logp=logp,
+            ratio=(logp - old).exp(),
+            entropy=-(logprobs.exp() * logprobs).sum(-1),
+            hidden=out.hidden_states[-1][0, n - 1 : -1],
+        )
+
+    def sft_loss(self) -> torch.Tensor:
+        losses = [torch.zeros((), dtype=torch.float64)]
+        for row in self.sft:
+            logp = self.outputs(row).logp
+            if self.args.method == "hpt":
+                losses.append(0.3 / self.args.prompts_per_step * -logp.mean())
+            else:
+                weight = 1
+                if self.args.method == "chord":
+                    weight = (logp.exp() * (1 - logp.exp())).detach()
+                losses.append((-weight * logp).sum() / response_tokens(self.sft))
+        return sum(losses)
+
+    def rl_loss(self) -> torch.Tensor:
+        return sum(self.rl_loss_of(row, self.outputs(row)) for row in self.kept)
+
+    def rl_loss_of(self, row, out) -> torch.Tensor:
+        args, a = self.args, row.advantages[0]
+        clipped = -torch.minimum(out.ratio * a, out.ratio.clamp(0.8, 1.2) * a)
+        if args.method == "luffy":
+            f = out.ratio
+            if row.demonstration:
+                f = out.logp.exp() / (out.logp.exp() + 0.1)
+            return -(f * a).sum() / len(self.rl) / args.max_new_tokens
+        if args.method == "hpt":
+            places = args.prompts_per_step * args.samples * args.max_new_tokens
+            return -(out.ratio * a).sum() / places
+        if args.method == "srft":
+            H = out.entropy.mean().detach()
+            if row.demonstration:
+                loss = 0.5 * torch.exp(-H) * -out.logp + clipped
+            elif row.right:
+                loss = 0.1 * torch.exp(H) * -out.logp
+            else:
+                loss = out.logp
+            alike = [r for r in self.rl if r.demonstration == row.demonstration]
+            return loss.sum() / response_tokens(alike)
+        if args.loss_aggregation == "sequence":
+            return clipped.mean() / len(self.kept)
+        return clipped.sum() / response_tokens(self.kept)
+
+    def auxiliary_loss(self) -> torch.Tensor:
+        """PPO's value loss and entropy bonus."""
+        losses = [torch.zeros((), dtype=torch.float64)]
+        if self.args.advantage == "gae":
+            for row in self.kept:
+                out = self.outputs(row)
+                v = self.policy.value(out.hidden).squeeze(-1)
+                returns = torch.tensor(row.returns, dtype=torch.float64)
+                value_loss = 0.5 * (v - returns).square().sum()
+                bonus = self.args.entropy_coefficient * out.entropy.sum()
+                loss = self.args.value_coefficient * value_loss - bonus
+                losses.append(loss / response_tokens(self.kept))
+        return sum(losses)
+
+    def gradient(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        params = list(self.policy.parameters())
+        if not loss.requires_grad:
+            return [torch.zeros_like(p) for p in params]
+        return list(torch.autograd.grad(loss, params, materialize_grads=True))
+
+
+@pytest.mark.parametrize(
+    "method,options",
+    [
+        ("rl", {}),
+        ("rl", {"loss_aggregation": "sequence", "mask_truncated": True}),
+        ("rl", {"advantage": "gae", "entropy_coefficient": 0.05}),
+        ("luffy", {}),
+        ("srft", {}),
+        ("hpt", {"hpt_sft": 0.3}),
+        ("chord", {"chord_phi": True}),
+    ],
+    ids=str,
+)
+def test_amft_batch_equals_rows(method, options, process_group):
+    """G and D of padded batches in micro-batches, by each method's normalisation, equal a plain loop
+    over unpadded rows; rows with advantage 0 too, which are not sent through backward."""
+    learner = amft_learner(small_llama(), method=method, **options)
+    own = random_rows(7, 1)
+    for row in own[2:5]:
+        row.advantages = [0.0] * len(row.turn.ids)
+    shown = random_rows(3, 2, demonstration=True)
+    rl, sft = own, shown
+    if method in ("luffy", "srft"):
+        rl, sft = own + shown, []
+    plain = PlainLosses(learner, rl, sft)
+    g_rl, g_sft, g_auxiliary = (
+        plain.gradient(loss) for loss in (plain.rl_loss(), plain.sft_loss(), plain.auxiliary_loss())
+    )
+    mu = 0.4
+    mu_sft = 1.0 if method == "hpt" else mu
+    names = [name for name, _ in learner.policy.named_parameters()]
+    for with_D in (False, True):
+        update = learner.update(mu, sft, rl, schedule=1.0, with_D=with_D)
+        assert update.finite
+        assert update.steps == 1
+        assert update.sums["tokens"] == response_tokens([row for row in own if row.weight])
+        rest = {"rtol": 1e-5, "atol": 1e-7}  # the batch holds weights in float32
+        for i, name in enumerate(names):
+            expected = (1 - mu) * g_rl[i] + mu_sft * g_sft[i] + g_auxiliary[i]
+            torch.testing.assert_close(update.G[i], expected, **rest, msg=f"G, {name}")
+            if with_D:
+                expected = g_sft[i] - g_rl[i]
+                torch.testing.assert_close(update.D[i], expected, **rest, msg=f"D, {name}")
+    assert update.norm == pytest.approx(math.sqrt(learner.dot(update.G, update.G)))
+
+
+# --------------------------------------------------------------------------------------------------
+# The derivative of a step
+
+
+def with_peak(optimizer):
+    for group in optimizer.param_groups:
+        group["peak"] = group["lr"]
+    return optimizer
+
+
+class Restart:
+    """Model and optimizer as they were, as often as wanted."""
+
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer = model, optimizer
+        self.state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+    def __call__(self) -> None:
+        self.model.load_state_dict(self.state[0])
+        self.optimizer.load_state_dict(copy.deepcopy(self.state[1]))
+
+
+@pytest.mark.parametrize("preconditioner,clip", [("adam", 1e9), ("adam", 0.5), ("none", 1e9)])
+def test_meta_gradient_against_finite_differences(preconditioner, clip, process_group):
+    """< grad U(theta_t), d theta_t / d mu > equals the central difference of U(theta_t(mu)) to
+    1e-4, U being an enumerated expectation."""
+    model = small_llama(vocab_size=7)
+    optimizer = with_peak(torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1))
+    learner = amft_learner(model, optimizer, clip=clip, meta_preconditioner=preconditioner)
+    generator = torch.Generator().manual_seed(3)
+
+    def noise(size: float) -> list[torch.Tensor]:
+        shapes = [p.shape for p in learner.params]
+        return [
+            size * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+        ]
+
+    for _ in range(11):
+        learner.take_step(noise(0.3), 1.0)
+    g_rl, g_sft, g_aux = noise(0.3), noise(0.3), noise(0.1)
+    rewards = torch.randn(2, 49, generator=generator, dtype=torch.float64)
+    responses = torch.cartesian_prod(torch.arange(7), torch.arange(7))  # all of two tokens
+
+    def utility() -> torch.Tensor:
+        """E[R] over two prompts, all 49 responses enumerated."""
+        means = []
+        for prompt, reward in zip(([1, 2, 3], [4, 5]), rewards, strict=True):
+            ids = torch.cat([torch.tensor(prompt).expand(49, -1), responses], 1)
+            logits = model(ids, use_cache=False).logits[:, len(prompt) - 1 : -1]
+            picked = logits.log_softmax(-1).gather(2, responses[..., None])
+            means.append((picked.sum((1, 2)).exp() * reward).sum())
+        return sum(means) / 2
+
+    restart = Restart(model, optimizer)
+
+    def step(mu: float) -> amft.Update:
+        restart()
+        G = [(1 - mu) * r + mu * s + a for r, s, a in zip(g_rl, g_sft, g_aux, strict=True)]
+        D = [s - r for r, s in zip(g_rl, g_sft, strict=True)]
+        if preconditioner == "none":
+            with torch.no_grad():
+                for p, g in zip(learner.params, G, strict=True):
+                    p.sub_(g, alpha=3e-3)
+            return amft.Update(G, D, math.sqrt(learner.dot(G, G)), 1, True, {})
+        norm, taken = learner.take_step(G, 1.0)
+        return amft.Update(G, D, norm, 1, taken, {})
+
+    update = step(0.4)
+    assert (update.norm > clip) == (clip < 1)
+    derivative = learner.derivative_by_mu(update)
+    ours = learner.dot(torch.autograd.grad(utility(), learner.params), derivative)
+    h, values = 1e-4, []
+    for mu in (0.4 + h, 0.4 - h):
+        step(mu)
+        with torch.no_grad():
+            values.append(utility().item())
+    assert ours == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-4)
+    assert abs(ours) > 1e-6
+
+
+def test_a_step_that_does_not_depend_on_mu(process_group):
+    """A clipped step along mu g_SFT is the same for every mu: no meta-gradient is taken, as its
+    rounding would become the scale of the next."""
+    model = small_llama()
+    optimizer = with_peak(torch.optim.AdamW(model.parameters(), lr=1e-3))
+    learner = amft_learner(model, optimizer)
+    restart = Restart(model, optimizer)
+    g_sft, g_rl = ([torch.randn_like(p) for p in learner.params] for _ in range(2))
+
+    def after(mu: float, part: float, clip: float) -> tuple:
+        """(whether the step depends on mu, the weights after it); `part` of g_RL is there."""
+        learner.args.clip = clip
+        restart()
+        pairs = list(zip(g_sft, g_rl, strict=True))
+        G = [mu * s + (1 - mu) * part * r for s, r in pairs]
+        D = [s - part * r for s, r in pairs]
+        norm, _ = learner.take_step(G, 1.0)
+        derivative = learner.derivative_by_mu(amft.Update(G, D, norm, 1, True, {}))
+        weights = torch.cat([p.detach().flatten().clone() for p in learner.params])
+        return derivative is not None, weights
+
+    for part, clip, expected in ((0.0, 0.5, False), (0.0, 1e9, True), (1e-3, 0.5, True)):
+        (first, a), (second, b) = after(0.3, part, clip), after(0.6, part, clip)
+        assert first == expected, (part, clip)
+        assert second == expected, (part, clip)
+        change = (a - b).abs().max().item()
+        if not expected:
+            assert change < 1e-9
+        elif part:
+            assert change > 1e-7
+    assert not amft.depends_on_mu(0.0, 0.0, 0.0, 0.5, "adam")
+
+
+def test_utility_gradient_is_unbiased(process_group):
+    """Over all pairs of samples of a prompt, weighted by their probability, the estimate of grad_mu
+    U is the exact inner product."""
+    model = small_llama(vocab_size=5)
+    learner = amft_learner(model, samples=2)
+    generator = torch.Generator().manual_seed(5)
+    direction = [
+        torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in learner.params
+    ]
+    prompt, rewards = [1, 2, 3], [0.0, 1.0, 0.5, -1.0, 2.0]
+    p = model(torch.tensor([prompt]), use_cache=False).logits[0, -1].softmax(-1)
+    utility = (p * torch.tensor(rewards, dtype=torch.float64)).sum()
+    exact = learner.dot(torch.autograd.grad(utility, learner.params), direction)
+    expected = 0.0
+    for pair in itertools.product(range(5), repeat=2):
+        group = [Trajectory([Turn(prompt, [y], [0.0], True, "", rewards[y])]) for y in pair]
+        estimate, _ = learner.meta_gradient([group, group], direction)  # the two halves are alike
+        expected += (p[pair[0]] * p[pair[1]]).item() * estimate
+    assert expected == pytest.approx(exact, rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(scope="module")
+def embedded_task():
+    """amft.load_task's answer to the default problems, which take seconds to make."""
+    _, tokenizer = load_config("tiny_bare")
+    return amft.load_task(amft.with_defaults(amft.Args(validation_size=8)), tokenizer)
+
+
+BOTH, SFT, RL = {"rl", "sft"}, {"sft"}, {"rl"}
+
+
+@pytest.mark.parametrize(
+    "method,first,second",
+    [
+        ("amft", BOTH, BOTH),
+        ("sft", SFT, SFT),
+        ("rl", RL, RL),
+        ("sft_then_rl", SFT, RL),
+        ("fixed", BOTH, BOTH),
+        ("chord", BOTH, BOTH),
+        ("luffy", RL, RL),
+        ("srft", RL, RL),
+        ("hpt", BOTH, BOTH),
+    ],
+)
+def test_every_method_runs(method, first, second, tmp_path, embedded_task, monkeypatch):
+    """Two steps of each method through the whole script: the parts of the loss that belong to it
+    are there, and no other."""
+    monkeypatch.setattr(amft, "load_task", lambda *_: embedded_task)
+    settings = [
+        "--method", method, "--steps", "2", "--warmup-steps", "0", "--prompts-per-step", "8",
+        "--samples", "4", "--max-new-tokens", "32", "--validation-size", "8",
+        "--eval-every", "-1", "--show", "0", "--sft-share", "0.5",
+    ]  # fmt: skip
+    assert run_here(amft, *settings, "--output-dir", tmp_path / "r") == 0
+    rows = logged(tmp_path / "r")
+    for row in rows:
+        assert math.isfinite(row["grad_norm"])
+        assert row["grad_norm"] > 0
+    parts = [{name for name in ("rl", "sft") if row[f"loss/{name}"] != 0} for row in rows]
+    assert parts == [first, second]
+
+
+def test_amft_two_ranks_equal_one(tmp_path):
+    """The same checkpoint taken one step further, a step with a meta-gradient, by one rank and by
+    two that share its shards."""
+    settings = [
+        *AMFT_RUN, "--steps", "11", "--save-every", "10", "--mu-every", "11",
+        "--eval-every", "-1", "--advantage", "gae", "--entropy-coefficient", "0.01",
+    ]  # fmt: skip
+    assert run_here(amft, *settings, "--output-dir", tmp_path / "1") == 0
+    shutil.copytree(tmp_path / "1", tmp_path / "2", symlinks=True)
+    shutil.rmtree(tmp_path / "2" / "step-000011")
+    run_well("amft.py", *settings, "--output-dir", tmp_path / "2", "--resume", ranks=2)
+    one, two = logged(tmp_path / "1"), logged(tmp_path / "2")
+    assert [row["mu"] for row in one[:3]] == [1.0, 1.0, 0.5]  # two steps of warm-up
+    assert one[:10] == two[:10]
+    assert len(two) == 11
+    for key in (
+        "grad_norm", "loss/rl", "loss/sft", "loss/value", "entropy", "reward/mean",
+        "response_length", "grad_mu", "mu",
+    ):  # fmt: skip
+        relative = 1e-3 if key == "grad_mu" else 1e-4
+        assert one[10][key] == pytest.approx(two[10][key], rel=relative, abs=1e-7), key
+    a, b = final_weights(tmp_path / "1"), final_weights(tmp_path / "2")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=3e-5, msg=name)
+
+
+GAME_RUN = [
+    "--steps", "2", "--warmup-steps", "1", "--prompts-per-step", "2", "--samples", "2",
+    "--warmup-batch", "2", "--eval-problems", "2", "--show", "1", "--micro-batch", "4",
+    "--save-every", "2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["virl on two ranks", "vision"])
+def test_games_run(kind, tmp_path, capsys):
+    """Ranks with different numbers of turns keep step; pictures go through rollout, loss and
+    checkpoint."""
+    folder = tmp_path / "r"
+    if kind == "vision":
+        task = ["--task", "general_points", "--vision", "--max-new-tokens", "48"]
+        assert run_here(amft, *GAME_RUN, *task, "--output-dir", folder) == 0
+        assert "recognition" in capsys.readouterr().out
+        checkpoint = str(folder / "checkpoint")
+        config, _ = load_config(checkpoint)
+        assert load_processor(checkpoint).image_processor is not None
+        loaded = auto_class(config).from_pretrained(checkpoint)
+        assert loaded.num_parameters() > 1e6
+    else:
+        task = ["--task", "virl", "--max-new-tokens", "64"]
+        run_well("amft.py", *GAME_RUN, *task, "--output-dir", folder, ranks=2)
+    rows = logged(folder)
+    assert len(rows) == 2
+    assert math.isfinite(rows[-1]["loss/rl"])
+    assert rows[-1]["grad_norm"] > 0
+    assert (folder / "dynamics.png").exists()
