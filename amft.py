@@ -6,6 +6,9 @@ r"""AMFT: imitation and exploration in one stage, balanced by a learned weight; 
     U     = E[reward on validation]                                                              (4)
     grad_mu U = < grad U(theta_t), d theta_t / d mu >,  of the step that was just taken          (5)
     mu    <- clip( mu + eta_mu grad_mu U + eta_H (H* - H(pi)), mu_min, mu_max )                  (6)
+with r = pi / pi_old, A the advantage, H the entropy and H* that after the warm-up. Algorithm 1, a
+step: (a) prompts with demonstrations, (b) own samples with rewards, (c) every K steps (4) to (6),
+(d) the update (3). Here (c) comes after (d), as it differentiates the step that (d) takes.
 "AMFT: Aligning LLM Reasoners by Meta-Learning the Optimal Imitation-Exploration Balance",
 arXiv 2508.06944. A later arXiv record (v3) says that the paper is under investigation and that its
 authors asked to withdraw it; its public code cannot produce its results. This is an independent
@@ -17,18 +20,19 @@ What is done differently, and why:
    product joins them. The paper's code has a placeholder there.
 2. --meta-preconditioner adam (default) differentiates the clipped AdamW step that training takes;
    none is eq. (5), which is for SGD.
-3. --mu-update normalised (default): with the published constants eq. (6) moves mu by some 1e-9 an
-   update; --mu-update printed does just that.
+3. --mu-update normalised (default) divides grad_mu U by its running RMS; with the published
+   constants eq. (6) moves mu by next to nothing (docs/amft.md): --mu-update printed does just that.
 4. --entropy-sign printed is eq. (6); text is what the paper's words say, the opposite.
 5. A step's demonstrations are those of its prompts, so that every --method sees the same prompts
    and demonstrations.
 6. Rollouts are taken at temperature 1 and top-p 1: the log-probabilities are those of the
    distribution sampled from.
-All in which the methods differ is the table METHODS.
+Everything in which the methods differ is in the table METHODS.
 
-    python amft.py                              # laptop: embedded model and problems, 4 minutes
-    torchrun --standalone --nproc_per_node 8 amft.py --model Qwen/Qwen2.5-Math-7B --data hub \
-        --lr 1e-6 --steps 500 --mu-every 20 --prompts-per-step 128 --max-new-tokens 8192 \
+    python amft.py                              # laptop: embedded model and problems, 3 minutes
+    torchrun --standalone --nproc_per_node 8 amft.py --model Elliott/Qwen2.5-Math-7B-16k-think \
+        --data hub --lr 1e-6 --steps 500 --mu-every 20 --prompts-per-step 128 \
+        --validation-size 128 --max-length 9216 --max-new-tokens 8192 --generation-batch 32 \
         --micro-batch 2 --activation-checkpointing
     torchrun --nnodes 2 --nproc_per_node 8 --node_rank $R --master_addr $HOST --master_port 29500 \
         amft.py --replicas 2 ...
@@ -65,6 +69,7 @@ from measure import (
 )
 from model import (
     World,
+    check_positions,
     each_gradient,
     flat_like,
     gathered,
@@ -76,6 +81,7 @@ from model import (
     set_gradients,
     skeleton,
     trained_parameters,
+    turn_off_dropout,
 )
 from policy import Policy, check_head, stack_inputs
 from run import ModelCheckpoint, Run, check_space, start
@@ -88,8 +94,8 @@ class Args:
 
     # What is trained, on what
     task: Literal["math", "general_points", "virl"] = "math"
-    """Where prompts, demonstrations and rewards come from: data.py (math) or games.py. It sets the
-    defaults that are "by task"."""
+    """Where prompts, demonstrations and rewards come from: games/problems.py (math) or games/. It
+    sets the defaults that are "by task"."""
     model: str | None = None
     """tiny, tiny_bare (tiny with a habit of bare answers), a local folder in Hugging Face format,
     or a hub name. By task: tiny_bare, tiny_games (tiny after the experts' answers, with the same
@@ -314,7 +320,7 @@ def _filled(args: Args, defaults: dict) -> Args:
 
 
 # --------------------------------------------------------------------------------------------------
-# Losses: one number a token. Their weights in the mean are given by the functions after them.
+# Losses: one number a token. Its weight in the mean: token_mean and its like, below Row.
 
 
 class Tokens(NamedTuple):
@@ -325,11 +331,11 @@ class Tokens(NamedTuple):
     values: torch.Tensor | None  # of the value head, before the token
     old: torch.Tensor  # log-probability when it was sampled; 0 (certain) for demonstrations
     advantages: torch.Tensor
-    returns: torch.Tensor  # the value head's targets
+    value_targets: torch.Tensor
     mask: torch.Tensor  # where there is a response token
     weight: torch.Tensor  # [B, 1] of each token in the mean
     demonstration: torch.Tensor  # [B, 1]
-    right: torch.Tensor  # [B, 1] whether the response won
+    right: torch.Tensor  # [B, 1] whether its reward is above 0
 
 
 def ppo_loss(t: Tokens, args: Args) -> torch.Tensor:
@@ -393,12 +399,79 @@ def auxiliary_loss(t: Tokens, args: Args) -> torch.Tensor:
 
 
 def value_loss(t: Tokens) -> torch.Tensor:
-    return 0.5 * (t.values - t.returns).square()
+    return 0.5 * (t.values - t.value_targets).square()
 
 
 def utility_loss(t: Tokens, args: Args) -> torch.Tensor:
     """The loss whose gradient is -grad U (4), with leave-one-out advantages."""
     return -t.logprobs * t.advantages
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows of a batch, and the weight of a row's tokens in the mean
+
+
+@dataclass
+class Row:
+    """One response with what its loss needs."""
+
+    turn: Turn
+    advantages: list[float]  # one a token
+    weight: float = 0.0  # of each of its tokens in the loss
+    prompt: int = 0  # which of this rank's prompts of the step
+    demonstration: bool = False
+    right: bool = False  # whether its reward is above 0
+    reward_to_go: float = 0.0  # of this turn and, discounted, of the turns after it
+    value_targets: list[float] = field(default_factory=list)  # one a token, for the value head
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.turn.prompt) + len(self.turn.ids)
+
+
+class Counts(NamedTuple):
+    """Of a step's rows, over all ranks."""
+
+    own: int  # samples in L_RL
+    own_tokens: int
+    shown: int  # demonstrations in L_RL
+    shown_tokens: int
+    sft_tokens: int
+
+
+def token_mean(row: Row, n: Counts, args: Args) -> float:
+    """DAPO's mean over all tokens, or with --loss-aggregation sequence of each response first."""
+    if args.loss_aggregation == "sequence":
+        return 1 / (n.own * len(row.turn.ids))
+    return 1 / n.own_tokens
+
+
+def luffy_mean(row: Row, n: Counts, args: Args) -> float:
+    """1 / (responses x longest): Dr. GRPO's form of the mean."""
+    return 1 / ((n.own + n.shown) * args.max_new_tokens)
+
+
+def srft_mean(row: Row, n: Counts, args: Args) -> float:
+    """1 / (tokens of the demonstrations, or of all samples, right and wrong)."""
+    return 1 / (n.shown_tokens if row.demonstration else n.own_tokens)
+
+
+def hpt_mean(row: Row, n: Counts, args: Args) -> float:
+    """1 / (all prompts x samples x longest), prompts trained on their demonstration included."""
+    prompts = args.prompts_per_step / args.minibatches
+    return 1 / (prompts * args.samples * args.max_new_tokens)
+
+
+def sft_mean(row: Row, n: Counts, args: Args) -> float:
+    """1 / tokens of all demonstrations."""
+    return 1 / n.sft_tokens
+
+
+def hpt_sft_mean(row: Row, n: Counts, args: Args) -> float:
+    """--hpt-sft / (all prompts x the demonstration's own length)."""
+    prompts = args.prompts_per_step / args.minibatches
+    return args.hpt_sft / (prompts * len(row.turn.ids))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -438,69 +511,6 @@ def gae(values: Sequence[float], reward: float, lam: float) -> list[float]:
         following = values[t]
         advantages.append(advantage)
     return advantages[::-1]
-
-
-# --------------------------------------------------------------------------------------------------
-# Rows of a batch, and the weight of a row's tokens in the mean
-
-
-@dataclass
-class Row:
-    """One response with what its loss needs."""
-
-    turn: Turn
-    advantages: list[float]  # one a token
-    weight: float = 0.0  # of each of its tokens in the loss
-    demonstration: bool = False
-    right: bool = False
-    returns: list[float] = field(default_factory=list)  # targets of the value head
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and response."""
-        return len(self.turn.prompt) + len(self.turn.ids)
-
-
-class Counts(NamedTuple):
-    """Of a step's rows, over all ranks."""
-
-    own: int  # samples in L_RL
-    own_tokens: int
-    shown: int  # demonstrations in L_RL
-    shown_tokens: int
-    sft_tokens: int
-
-
-def token_mean(row: Row, n: Counts, args: Args) -> float:
-    """DAPO's mean over all tokens, or with --loss-aggregation sequence of each response first."""
-    if args.loss_aggregation == "sequence":
-        return 1 / (n.own * len(row.turn.ids))
-    return 1 / n.own_tokens
-
-
-def luffy_mean(row: Row, n: Counts, args: Args) -> float:
-    """(1 / responses) sum / longest."""
-    return 1 / ((n.own + n.shown) * args.max_new_tokens)
-
-
-def srft_mean(row: Row, n: Counts, args: Args) -> float:
-    """Token means, one denominator for right and wrong samples."""
-    return 1 / (n.shown_tokens if row.demonstration else n.own_tokens)
-
-
-def hpt_mean(row: Row, n: Counts, args: Args) -> float:
-    """Over all prompts, those trained on their demonstration included."""
-    return 1 / (args.prompts_per_step * args.samples * args.max_new_tokens)
-
-
-def sft_mean(row: Row, n: Counts, args: Args) -> float:
-    """Over the tokens of all demonstrations."""
-    return 1 / n.sft_tokens
-
-
-def hpt_sft_mean(row: Row, n: Counts, args: Args) -> float:
-    """Each demonstration by its own length, over all prompts."""
-    return args.hpt_sft / (args.prompts_per_step * len(row.turn.ids))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -549,17 +559,21 @@ class Method:
     mu: Callable
     rl_loss: Callable = ppo_loss
     sft_loss: Callable = sft_loss
-    advantage: str = "grpo"  # the baseline of group_advantages
-    demonstrations: Literal["apart", "for a sample", "with the samples", "of unsolved"] = "apart"
-    """apart: rows of L_SFT; for a sample, with the samples: rows of L_RL, in place of one of the
-    samples or beside them; of unsolved: rows of L_SFT, with weight 1, in place of the samples of
-    prompts that are not solved."""
+    baseline: str = "grpo"  # of group_advantages
+    demonstrations: Literal["sft", "replaces_sample", "beside_samples", "replaces_unsolved"] = "sft"
+    """sft: rows of L_SFT. replaces_sample: a row of L_RL instead of one of the samples (LUFFY).
+    beside_samples: a row of L_RL as well (SRFT). replaces_unsolved: rows of L_SFT, at weight 1,
+    instead of the samples of a prompt that is not solved (HPT)."""
     rl_mean: Callable = token_mean
     sft_mean: Callable = sft_mean
     learns_without_advantage: bool = False  # rows with advantage 0 still have a gradient
 
     def weight_of_sft(self, mu: float) -> float:
-        return 1.0 if self.demonstrations == "of unsolved" else mu
+        return 1.0 if self.demonstrations == "replaces_unsolved" else mu
+
+    @property
+    def learns_mu(self) -> bool:
+        return self.mu is learned_mu
 
 
 METHODS = {
@@ -569,11 +583,11 @@ METHODS = {
     "sft_then_rl": Method(one_then_zero),
     "fixed": Method(initial_mu),
     "chord": Method(cosine_mu, sft_loss=chord_sft_loss),  # 2508.11408
-    "luffy": Method(zero, luffy_loss, advantage="mean", demonstrations="for a sample",
+    "luffy": Method(zero, luffy_loss, baseline="mean", demonstrations="replaces_sample",
                     rl_mean=luffy_mean),  # 2504.14945
-    "srft": Method(zero, srft_loss, demonstrations="with the samples", rl_mean=srft_mean,
+    "srft": Method(zero, srft_loss, demonstrations="beside_samples", rl_mean=srft_mean,
                    learns_without_advantage=True),  # 2506.19767
-    "hpt": Method(zero, reinforce_loss, advantage="mean", demonstrations="of unsolved",
+    "hpt": Method(zero, reinforce_loss, baseline="mean", demonstrations="replaces_unsolved",
                   rl_mean=hpt_mean, sft_mean=hpt_sft_mean),  # 2509.04419
 }  # fmt: skip
 
@@ -581,45 +595,42 @@ METHODS = {
 def rows_of(
     args: Args, groups: list[list[Trajectory]], demonstrations: list[Trajectory]
 ) -> tuple[list[Row], list[Row]]:
-    """(rows of L_SFT, rows of L_RL) of a step's prompts, weights not yet set.
+    """(rows of L_SFT, rows of L_RL) of a step's prompts, loss weights not yet set.
 
-    groups: of each prompt its sampled trajectories; empty where nothing was sampled.
+    groups: of each prompt its sampled trajectories; empty where nothing was sampled. All turns of a
+    prompt's trajectories are one group of the advantages.
     """
     method, sft, rl = METHODS[args.method], [], []
-    if not groups:
-        return [demonstration_row(t) for d in demonstrations for t in d.turns], []
-    for group, demonstration in zip(groups, demonstrations, strict=True):
-        unsolved = sum(trajectory.won for trajectory in group) <= args.hpt_gate
-        if method.demonstrations == "apart" or (
-            method.demonstrations == "of unsolved" and unsolved
-        ):
-            sft += [demonstration_row(turn) for turn in demonstration.turns]
-        if method.demonstrations == "of unsolved" and unsolved:
+    for i, demonstration in enumerate(demonstrations):
+        shown = rows_of_trajectory(demonstration, args, i)
+        for row in shown:
+            row.demonstration = True
+        unsolved = bool(groups) and sum(t.won for t in groups[i]) <= args.hpt_gate
+        replaced = method.demonstrations == "replaces_unsolved" and unsolved
+        if not groups or replaced or method.demonstrations == "sft":
+            sft += shown
+        if not groups or replaced:
             continue
-        rows = [row for trajectory in group for row in rows_of_trajectory(trajectory, args)]
-        if method.demonstrations in ("for a sample", "with the samples"):
-            shown = rows_of_trajectory(demonstration, args)
-            rows += [replace(row, demonstration=True) for row in shown]
-        advantages = group_advantages([row.returns[-1] for row in rows], method.advantage)
+        rows = [row for t in groups[i] for row in rows_of_trajectory(t, args, i)]
+        if method.demonstrations in ("replaces_sample", "beside_samples"):
+            rows += shown
+        advantages = group_advantages([row.reward_to_go for row in rows], method.baseline)
         for row, a in zip(rows, advantages, strict=True):
             row.advantages = [a] * len(row.turn.ids)
         rl += rows
     return sft, rl
 
 
-def rows_of_trajectory(trajectory: Trajectory, args: Args) -> list[Row]:
-    """A row a turn, with its return for every token; advantages not yet set."""
-    rows = []
-    for turn, r in zip(trajectory.turns, trajectory.returns(args.turn_gamma), strict=True):
-        rows.append(Row(turn, [], right=trajectory.won, returns=[r] * len(turn.ids)))
-    return rows
+def rows_of_trajectory(trajectory: Trajectory, args: Args, prompt: int) -> list[Row]:
+    """A row a turn; advantages are not yet set."""
+    returns = trajectory.returns(args.turn_gamma)
+    return [
+        Row(turn, [0.0] * len(turn.ids), prompt=prompt, right=turn.reward > 0, reward_to_go=r)
+        for turn, r in zip(trajectory.turns, returns, strict=True)
+    ]
 
 
-def demonstration_row(turn: Turn) -> Row:
-    return Row(turn, [0.0] * len(turn.ids), demonstration=True)
-
-
-def set_weights(args: Args, world: World, sft: list[Row], rl: list[Row]) -> None:
+def set_loss_weights(args: Args, world: World, sft: list[Row], rl: list[Row]) -> None:
     """Each row's weight in the mean, over all ranks. Collective.
 
     Truncated rows of L_RL weigh nothing with --mask-truncated.
@@ -642,14 +653,14 @@ def tokens_of(rows: list[Row]) -> int:
 def collate_rows(rows: list[Row], pad_id: int, device: torch.device) -> dict:
     """A batch, padded on the right to a multiple of 32 tokens.
 
-    ids [B, T]; mask, old, advantages, returns [B, T-1]: the token at position t is predicted at
-    t - 1; weight, demonstration, right [B, 1]; inputs: what comes of pictures.
+    ids [B, T]; mask, old, advantages, value_targets [B, T-1]: the token at position t is predicted
+    at t - 1; weight, demonstration, right [B, 1]; inputs: what comes of pictures.
     """
     length = -(-max(row.length for row in rows) // 32) * 32
     shape = len(rows), length - 1
     batch = {"ids": torch.full((len(rows), length), pad_id)}
     batch["mask"] = torch.zeros(shape, dtype=torch.bool)
-    for name in ("old", "advantages", "returns"):
+    for name in ("old", "advantages", "value_targets"):
         batch[name] = torch.zeros(shape)
     for i, row in enumerate(rows):
         batch["ids"][i, : row.length] = torch.tensor(row.turn.prompt + row.turn.ids)
@@ -657,144 +668,14 @@ def collate_rows(rows: list[Row], pad_id: int, device: torch.device) -> dict:
         batch["mask"][i, at] = True
         batch["old"][i, at] = torch.tensor(row.turn.old_logprobs)
         batch["advantages"][i, at] = torch.tensor(row.advantages)
-        if row.returns:
-            batch["returns"][i, at] = torch.tensor(row.returns)
+        if row.value_targets:
+            batch["value_targets"][i, at] = torch.tensor(row.value_targets)
     for name in ("weight", "demonstration", "right"):
         batch[name] = torch.tensor([[getattr(row, name)] for row in rows])
     pictures = [(row.turn.inputs, len(row.turn.prompt)) for row in rows]
     inputs = stack_inputs(pictures, length, left=False)
     batch = {name: x.to(device) for name, x in batch.items()}
     return batch | {"inputs": {name: x.to(device) for name, x in inputs.items()}}
-
-
-# --------------------------------------------------------------------------------------------------
-# The derivative of a step
-
-
-@torch.no_grad()
-def step_derivative(
-    optimizer, params, G, D, norm: float, product: float, clip: float, preconditioner: str
-) -> None:
-    """D <- d theta / d mu of the step that was just taken (in place, shard by shard).
-
-    G = (1 - mu) g_RL + mu g_SFT + g_aux before clipping, D = g_SFT - g_RL: lists of this rank's
-    shards; norm = |G|, product = <G, D>. "none": -alpha D, eq. (5). "adam": of clipped AdamW,
-        dg = c (D - G <G, D> / |G|^2) if clipped else D
-        dm = (1 - b1) dg / (1 - b1^t),   dv = (1 - b2) 2 g dg / (1 - b2^t)
-        d theta / d mu = -alpha [ dm / (sqrt v + eps) - m dv / (2 sqrt v (sqrt v + eps)^2) ]
-    with bias-corrected m, v; the second term is 0 where v = 0.
-    """
-    c = min(1.0, clip / norm) if norm > 0 else 1.0
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for p, g, d in zip(params, G, D, strict=True):
-        group = groups[id(p)]
-        if preconditioner == "none":
-            d.mul_(-group["lr"])
-            continue
-        (b1, b2), eps, state = group["betas"], group["eps"], optimizer.state[p]
-        t = float(state["step"])
-        dg = c * (d - g * (product / norm**2)) if c < 1 else d
-        m = local(state["exp_avg"]) / (1 - b1**t)
-        v = local(state["exp_avg_sq"]) / (1 - b2**t)
-        dm = (1 - b1) / (1 - b1**t) * dg
-        dv = (1 - b2) / (1 - b2**t) * 2 * c * g * dg
-        root = v.sqrt()
-        second = torch.where(v > 0, m * dv / (2 * root * (root + eps) ** 2), torch.zeros_like(v))
-        d.copy_((dm / (root + eps) - second) * -group["lr"])
-
-
-def depends_on_mu(
-    norm: float, product: float, square: float, clip: float, preconditioner: str
-) -> bool:
-    """Whether mu changes the step at all; norm = |G|, product = <G, D>, square = |D|^2.
-
-    It does not where G was clipped and D is parallel to it, as where all samples of each prompt are
-    equally good: G = mu g_SFT has the same direction for every mu. What is left of d theta / d mu
-    is then rounding, which no RMS must see.
-    """
-    if square == 0:
-        return False
-    if norm <= clip or preconditioner == "none":
-        return True
-    aside = square * norm**2 - product**2  # |D|^2 |G|^2 sin^2 of the angle between them
-    return aside > 1e-10 * square * norm**2
-
-
-# --------------------------------------------------------------------------------------------------
-# The controller of mu
-
-
-class Controller:
-    """mu and what its update remembers: eq. (6), or its normalised form.
-
-    learns: whether the method's mu is learned. state is saved with every checkpoint.
-    """
-
-    FIRST_STEPS = 10  # optimizer steps before the first meta-gradient: Adam's moments are cold
-
-    def __init__(self, args: Args, learns: bool = True):
-        self.args, self.learns = args, learns
-        self.state = {
-            "mu": args.mu_init,
-            "squares": [],  # of the meta-gradients so far
-            "entropy_target": None,  # H*: of the policy after the warm-up
-            "optimizer_steps": 0,
-        }
-        printed = args.mu_update == "printed"
-        self.eta_mu, self.eta_entropy = args.eta_mu, args.eta_entropy
-        if self.eta_mu is None:
-            self.eta_mu = 1e-4 if printed else 0.05
-        if self.eta_entropy is None:
-            self.eta_entropy = 5e-4 if printed else 0.05
-
-    @property
-    def mu(self) -> float:
-        return self.state["mu"]
-
-    @property
-    def has_target(self) -> bool:
-        """Whether mu is learned and the warm-up is over."""
-        return self.learns and self.state["entropy_target"] is not None
-
-    def wants_target(self, step: int) -> bool:
-        """Whether H* is to be measured before this step (from 0)."""
-        first = step == self.args.warmup_steps
-        return self.learns and first and self.state["entropy_target"] is None
-
-    def gradient_due(self, step: int) -> bool:
-        """Whether this step (from 0) is to be differentiated by mu."""
-        args = self.args
-        if not self.learns or args.no_meta_gradient or step < args.warmup_steps:
-            return False
-        return (step + 1) % args.mu_every == 0 and self.state["optimizer_steps"] >= self.FIRST_STEPS
-
-    def update(self, step: int, grad_mu: float | None, entropy: float) -> dict[str, float]:
-        """mu after optimizer step number `step` (from 1); returns what moved it.
-
-        grad_mu: of U, or None where it was not taken. entropy: H(pi) of this step's samples.
-        """
-        args, by_gradient, by_entropy = self.args, 0.0, 0.0
-        # Exactly 0: the validation samples of every prompt are equally good, which says nothing and
-        # must not count in the RMS
-        if grad_mu:
-            by_gradient = self._gradient_step(grad_mu)
-            self.state["squares"].append(grad_mu**2)
-        every_step = args.mu_update == "printed"
-        if not args.no_entropy_term and (every_step or step % args.mu_every == 0):
-            sign = 1 if args.entropy_sign == "printed" else -1
-            by_entropy = self.eta_entropy * (self.state["entropy_target"] - entropy) * sign
-        mu = self.mu + (by_gradient + by_entropy)
-        self.state["mu"] = min(args.mu_max, max(args.mu_min, mu))
-        return {"mu_change/meta_gradient": by_gradient, "mu_change/entropy": by_entropy}
-
-    def _gradient_step(self, grad_mu: float) -> float:
-        squares = self.state["squares"]
-        if self.args.mu_update == "printed":
-            return self.eta_mu * grad_mu
-        if len(squares) < 2:  # the first two only fill the running RMS
-            return 0.0
-        rms = math.sqrt(sum(squares) / len(squares))
-        return self.eta_mu * max(-3.0, min(3.0, grad_mu / max(rms, 1e-30)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -812,7 +693,7 @@ class Pass(NamedTuple):
 def passes_of(args: Args, mu: float, sft: list[Row], rl: list[Row], G, D) -> list[Pass]:
     """The backward passes of a step: G = (1 - mu) g_RL + mu g_SFT + g_aux (3), D = g_SFT - g_RL.
 
-    D None: mu is not updated after this step.
+    D None: this step is not differentiated by mu.
     """
     method = METHODS[args.method]
     mu_sft = method.weight_of_sft(mu)
@@ -834,7 +715,8 @@ def passes_of(args: Args, mu: float, sft: list[Row], rl: list[Row], G, D) -> lis
     ]
 
 
-class Update(NamedTuple):
+@dataclass
+class Step:
     """What a step did."""
 
     G: list[torch.Tensor]  # (3), before clipping; of the last minibatch
@@ -846,26 +728,30 @@ class Update(NamedTuple):
 
 
 class PolicyLearner:
-    """Policy, optimizer and their machine: gradients, and the steps that they lead to."""
+    """Policy, optimizer and their machine: gradients, and the steps that they lead to.
 
-    def __init__(self, args: Args, policy: Policy, optimizer, world: World, pad_id: int):
+    filler: a turn of the task, for ranks without rows.
+    """
+
+    def __init__(
+        self, args: Args, policy: Policy, optimizer, world: World, pad_id: int, filler=None
+    ):
         self.args, self.policy, self.optimizer = args, policy, optimizer
+        self.filler = filler or Turn([pad_id], [pad_id], [0.0], True, "", 0.0)
         self.world, self.pad_id, self.method = world, pad_id, METHODS[args.method]
         self.params = trained_parameters(policy)
-        self.shards = [local(p) for p in self.params]
+        self.local_params = [local(p) for p in self.params]
 
     def batches(self, rows: list[Row]) -> list[dict]:
         """This rank's micro-batches, sorted by length, as many as the rank with most rows needs.
 
-        All ranks of a shard group must call the model equally often: missing ones are filled with a
-        row of weight 0.
+        All ranks of a shard group must call the model equally often, and with pictures if the
+        others have some: missing ones are filled with `filler`, a real turn, at weight 0.
         """
         rows, size = sorted(rows, key=lambda row: row.length), self.args.micro_batch
         count = torch.tensor(-(-len(rows) // size), device=self.world.device)
         dist.all_reduce(count, dist.ReduceOp.MAX)
-        filler = Row(Turn([self.pad_id], [self.pad_id], [0.0], True, "", 0.0), [0.0])
-        if rows:
-            filler = replace(rows[0], weight=0.0)
+        filler = Row(self.filler, [0.0] * len(self.filler.ids))
         return [
             collate_rows(
                 rows[k * size : (k + 1) * size] or [filler], self.pad_id, self.world.device
@@ -955,8 +841,8 @@ class PolicyLearner:
             of_batch = rows[k * size : (k + 1) * size]
             for row, values, mask in zip(of_batch, t.values, t.mask, strict=False):  # no fillers
                 values = values[mask].tolist()
-                row.advantages = gae(values, row.returns[-1], self.args.gae_lambda)
-                row.returns = [a + v for a, v in zip(row.advantages, values, strict=True)]
+                row.advantages = gae(values, row.reward_to_go, self.args.gae_lambda)
+                row.value_targets = [a + v for a, v in zip(row.advantages, values, strict=True)]
                 advantages += row.advantages
         squares = sum(a * a for a in advantages)
         n, total, squares = self.world.sum(len(advantages), sum(advantages), squares)
@@ -967,7 +853,7 @@ class PolicyLearner:
 
     def zeros(self) -> list[torch.Tensor]:
         """A gradient-sized buffer."""
-        return flat_like(self.shards)
+        return flat_like(self.local_params)
 
     def dot(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
         """Inner product over all shards, in float64. Collective."""
@@ -993,16 +879,20 @@ class PolicyLearner:
         self.optimizer.zero_grad()
         return norm, True
 
-    def update(self, mu: float, sft: list[Row], rl: list[Row], schedule: float, with_D: bool):
+    def train_on(
+        self, mu: float, sft: list[Row], rl: list[Row], schedule: float, with_D: bool
+    ) -> Step:
         """The optimizer steps of a step's rows: one, or one for each epoch and minibatch.
 
         with_D: keep d G / d mu, for step_derivative. Collective.
         """
-        args, world, sums = self.args, self.world, {}
+        args, world, sums, taken_steps = self.args, self.world, {}, 0
         for k in range(args.epochs * args.minibatches):
-            minibatch = slice(k % args.minibatches, None, args.minibatches)
-            sft_batch, rl_batch = sft[minibatch], rl[minibatch]
-            set_weights(args, world, sft_batch, rl_batch)
+            sft_batch = [
+                row for row in sft if row.prompt % args.minibatches == k % args.minibatches
+            ]
+            rl_batch = [row for row in rl if row.prompt % args.minibatches == k % args.minibatches]
+            set_loss_weights(args, world, sft_batch, rl_batch)
             G, D = self.zeros(), self.zeros() if with_D else None
             for work in passes_of(args, mu, sft_batch, rl_batch, G, D):
                 for name, value in self.backward(work).items():
@@ -1013,13 +903,20 @@ class PolicyLearner:
             norm, taken = self.take_step(G, schedule)
             if not taken:
                 break
+            taken_steps += 1
         names = sorted(sums)
         sums = dict(zip(names, world.sum(*(sums[name] for name in names)), strict=True))
-        return Update(G, D, norm, k + 1 if taken else k, taken, sums)
+        for name in ("sft", "rl", "value"):  # means over the optimizer steps, not sums
+            sums[name] /= k + 1
+        return Step(G, D, norm, taken_steps, taken, sums)
 
-    def derivative_by_mu(self, update) -> list[torch.Tensor] | None:
-        """d theta / d mu of the last step, in D's memory; None where mu does not change it."""
-        G, D, norm = update.G, update.D, update.norm
+    def derivative_by_mu(self, step: Step) -> list[torch.Tensor] | None:
+        """d theta / d mu of the last step, in D's memory; None where mu does not change it.
+
+        G's memory is given back: the validation rollouts and their gradient come next.
+        """
+        G, D, norm = step.G, step.D, step.norm
+        step.G = step.D = None
         product, square = self.dot(G, D), self.dot(D, D)
         clip, preconditioner = self.args.clip, self.args.meta_preconditioner
         if not depends_on_mu(norm, product, square, clip, preconditioner):
@@ -1027,15 +924,18 @@ class PolicyLearner:
         step_derivative(self.optimizer, self.params, G, D, norm, product, clip, preconditioner)
         return D
 
-    def meta_gradient(self, groups: list[list[Trajectory]], derivative) -> tuple[float, float]:
+    def grad_mu(self, groups: list[list[Trajectory]], derivative) -> tuple[float, float]:
         """grad_mu U = < grad U, d theta / d mu > (5), and its signal-to-noise ratio. Collective.
 
         groups: of validation prompts, at the new theta. grad U is a policy gradient: the
-        log-probability of a trajectory's turns, times its return against the others of its group.
-        The noise is estimated from two half-batches.
+        log-probability of a trajectory's turns, times its return (undiscounted) against the others
+        of its group. The noise is estimated from two half-batches: prompts of even and odd number
+        over all ranks.
         """
+        numbers = [self.world.rank + self.world.size * i for i in range(len(groups))]
         halves = []
-        for half in (groups[0::2], groups[1::2]):
+        for parity in (0, 1):
+            half = [g for g, number in zip(groups, numbers, strict=True) if number % 2 == parity]
             (count,) = self.world.sum(sum(len(group) for group in half))
             rows = []
             for group in half:
@@ -1055,6 +955,137 @@ class PolicyLearner:
 def add_to_targets(targets, i: int, gradient: torch.Tensor) -> None:
     for buffer, factor in targets:
         buffer[i].add_(gradient, alpha=factor)
+
+
+# --------------------------------------------------------------------------------------------------
+# The derivative of a step
+
+
+@torch.no_grad()
+def step_derivative(
+    optimizer, params, G, D, norm: float, product: float, clip: float, preconditioner: str
+) -> None:
+    """D <- d theta / d mu of the step that was just taken (in place, shard by shard).
+
+    G = (1 - mu) g_RL + mu g_SFT + g_aux before clipping, D = g_SFT - g_RL: lists of this rank's
+    shards; norm = |G|, product = <G, D>. "none": -alpha D, eq. (5). "adam": of clipped AdamW,
+        g  = c G,   dg = c (D - G <G, D> / |G|^2) if clipped else D
+        dm = (1 - b1) dg / (1 - b1^t),   dv = (1 - b2) 2 g dg / (1 - b2^t)
+        d theta / d mu = -alpha [ dm / (sqrt v + eps) - m dv / (2 sqrt v (sqrt v + eps)^2) ]
+    with c = min(1, clip / |G|), t AdamW's count of steps, m and v after the step, bias-corrected;
+    the second term is 0 where v = 0. Earlier moments and the weight decay do not depend on mu.
+    """
+    c = min(1.0, clip / norm) if norm > 0 else 1.0
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for p, g, d in zip(params, G, D, strict=True):
+        group = groups[id(p)]
+        if preconditioner == "none":
+            d.mul_(-group["lr"])
+            continue
+        (b1, b2), eps, state = group["betas"], group["eps"], optimizer.state[p]
+        t = float(state["step"])
+        dg = c * (d - g * (product / norm**2)) if c < 1 else d
+        m = local(state["exp_avg"]) / (1 - b1**t)
+        v = local(state["exp_avg_sq"]) / (1 - b2**t)
+        dm = (1 - b1) / (1 - b1**t) * dg
+        dv = (1 - b2) / (1 - b2**t) * 2 * c * g * dg
+        root = v.sqrt()
+        second = torch.where(v > 0, m * dv / (2 * root * (root + eps) ** 2), torch.zeros_like(v))
+        d.copy_((dm / (root + eps) - second) * -group["lr"])
+
+
+def depends_on_mu(
+    norm: float, product: float, square: float, clip: float, preconditioner: str
+) -> bool:
+    """Whether mu changes the step at all; norm = |G|, product = <G, D>, square = |D|^2.
+
+    It does not where G was clipped and D is parallel to it, as where all samples of each prompt are
+    equally good: G = mu g_SFT has the same direction for every mu. What is left of d theta / d mu
+    is then rounding, which no RMS must see.
+    """
+    if square == 0:
+        return False
+    if norm <= clip or preconditioner == "none":
+        return True
+    aside = square * norm**2 - product**2  # |D|^2 |G|^2 sin^2 of the angle between them
+    return aside > 1e-10 * square * norm**2
+
+
+# --------------------------------------------------------------------------------------------------
+# The controller of mu
+
+
+class Controller:
+    """mu and what its update remembers: eq. (6), or its normalised form.
+
+    learns: whether the method's mu is learned. state is saved with every checkpoint.
+    """
+
+    FIRST_STEPS = 10  # optimizer steps before the first meta-gradient: Adam's moments are cold
+
+    def __init__(self, args: Args, learns: bool = True):
+        self.args, self.learns = args, learns
+        self.state = {
+            "mu": args.mu_init,
+            "squares": [],  # of the meta-gradients so far
+            "entropy_target": None,  # H*: of the policy after the warm-up
+            "optimizer_steps": 0,
+        }
+        printed = args.mu_update == "printed"
+        self.eta_mu, self.eta_entropy = args.eta_mu, args.eta_entropy
+        if self.eta_mu is None:
+            self.eta_mu = 1e-4 if printed else 0.05
+        if self.eta_entropy is None:
+            self.eta_entropy = 5e-4 if printed else 0.05
+
+    @property
+    def mu(self) -> float:
+        return self.state["mu"]
+
+    @property
+    def has_target(self) -> bool:
+        """Whether mu is learned and the warm-up is over."""
+        return self.learns and self.state["entropy_target"] is not None
+
+    def wants_target(self, step: int) -> bool:
+        """Whether H* is to be measured before this step (from 0)."""
+        first = step == self.args.warmup_steps
+        return self.learns and first and self.state["entropy_target"] is None
+
+    def gradient_due(self, step: int) -> bool:
+        """Whether this step (from 0) is to be differentiated by mu."""
+        args = self.args
+        if not self.learns or args.no_meta_gradient or step < args.warmup_steps:
+            return False
+        return (step + 1) % args.mu_every == 0 and self.state["optimizer_steps"] >= self.FIRST_STEPS
+
+    def move(self, step: int, grad_mu: float | None, entropy: float) -> dict[str, float]:
+        """mu after optimizer step number `step` (from 1); returns what moved it.
+
+        grad_mu: of U, or None where it was not taken. entropy: H(pi) of this step's samples.
+        """
+        args, by_gradient, by_entropy = self.args, 0.0, 0.0
+        # Not where it is exactly 0: the validation samples of every prompt are equally good, which
+        # says nothing and must not count in the RMS
+        if grad_mu:
+            by_gradient = self._gradient_step(grad_mu)
+            self.state["squares"].append(grad_mu**2)
+        every_step = args.mu_update == "printed"
+        if not args.no_entropy_term and (every_step or step % args.mu_every == 0):
+            sign = 1 if args.entropy_sign == "printed" else -1
+            by_entropy = self.eta_entropy * (self.state["entropy_target"] - entropy) * sign
+        mu = self.mu + (by_gradient + by_entropy)
+        self.state["mu"] = min(args.mu_max, max(args.mu_min, mu))
+        return {"mu_change/meta_gradient": by_gradient, "mu_change/entropy": by_entropy}
+
+    def _gradient_step(self, grad_mu: float) -> float:
+        squares = self.state["squares"]
+        if self.args.mu_update == "printed":
+            return self.eta_mu * grad_mu
+        if len(squares) < 2:  # the first two only fill the running RMS
+            return 0.0
+        rms = math.sqrt(sum(squares) / len(squares))
+        return self.eta_mu * max(-3.0, min(3.0, grad_mu / max(rms, 1e-30)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1102,6 +1133,18 @@ def check(args: Args, ranks: int) -> None:
         raise DataError(
             "--samples must be at least 2: a response is judged against the others of its prompt"
         )
+    if method.learns_mu and args.validation_prompts < 2:
+        raise DataError("--validation-prompts must be at least 2, for an estimate of the noise")
+    if args.task == "math" and args.validation_prompts > args.validation_size:
+        raise DataError(
+            f"--validation-prompts {args.validation_prompts} are more than --validation-size "
+            f"{args.validation_size}"
+        )
+    if args.minibatches > args.prompts_per_step // ranks:
+        raise DataError(
+            f"--minibatches {args.minibatches} are more than the {args.prompts_per_step // ranks} "
+            "prompts of a rank"
+        )
     if args.vision and args.task == "math":
         raise DataError("--vision is for the games: --task general_points or virl")
     if not 0 <= args.mu_min <= args.mu_init <= args.mu_max <= 1:
@@ -1109,14 +1152,14 @@ def check(args: Args, ranks: int) -> None:
             "0 <= --mu-min <= --mu-init <= --mu-max <= 1 is needed, not "
             f"{args.mu_min}, {args.mu_init}, {args.mu_max}"
         )
-    if method.mu is learned_mu and not 0 < args.mu_min <= args.mu_max < 1:
+    if method.learns_mu and not 0 < args.mu_min <= args.mu_max < 1:
         raise DataError(
             "a learned mu needs both losses: --mu-min above 0 and --mu-max below 1, not "
             f"{args.mu_min} and {args.mu_max}"
         )
     if not 0 <= args.warmup_steps <= args.steps:
         raise DataError(f"--warmup-steps must be between 0 and --steps, not {args.warmup_steps}")
-    if method.mu is learned_mu and args.epochs * args.minibatches > 1:
+    if method.learns_mu and args.epochs * args.minibatches > 1:
         raise DataError(
             f"--method {args.method} takes one optimizer step per rollout: d theta / d mu is the "
             "derivative of that one step"
@@ -1161,21 +1204,31 @@ def load_task(args: Args, tokenizer) -> tuple:
     return train, validation, tests, f"{args.task}: episodes without end"
 
 
+def longest_row(args: Args, config, tokenizer, processor, train) -> int:
+    """Tokens of a prompt and its response at most, from 32 prompts. Raises ModelError.
+
+    So that a model with too few positions is known before its weights are read.
+    """
+    longest = 0
+    for seed in range(32):
+        for turn in demonstrate(tokenizer, train, seed, processor).turns:
+            longest = max(longest, len(turn.prompt) + max(len(turn.ids), args.max_new_tokens))
+    check_positions(config, longest, "--max-new-tokens or --max-length")
+    return longest
+
+
 def examine(args: Args, world: World) -> list[str]:
     """--dry-run: prints what there is and what it needs; returns what would not work."""
     config, tokenizer, processor = load_readers(args.model, args.vision, args.trust_remote_code)
     train, _, _, report = load_task(args, tokenizer)
     world.say(report)
-    longest = 0
-    for seed in range(32):
-        for turn in demonstrate(tokenizer, train, seed, processor).turns:
-            longest = max(longest, len(turn.prompt) + max(len(turn.ids), args.max_new_tokens))
+    longest = longest_row(args, config, tokenizer, processor, train)
     responses = args.prompts_per_step * args.samples
     world.say(f"{responses} responses per step, at most {responses * longest:,} tokens")
     return check_space(
         config,
         world,
-        buffers=6 if METHODS[args.method].mu is learned_mu else 5,
+        buffers=6 if METHODS[args.method].learns_mu else 5,
         batch_tokens=args.micro_batch * longest,
         checkpointing=args.activation_checkpointing,
         output_dir=args.output_dir,
@@ -1213,6 +1266,7 @@ def build(args: Args, config, world: World) -> Policy:
                 offload_policy=CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
             )
     materialize(policy, source, torch.device("cpu") if args.cpu_offload else world.device)
+    turn_off_dropout(policy)
     check_head(policy, world)
     return policy.train()
 
@@ -1259,16 +1313,25 @@ def training_seeds(args: Args, actor: Actor, step: int) -> range:
 def evaluate(args: Args, actor: Actor, tests: dict, validation, step: int) -> tuple:
     """(results on the test sets, some responses for people to read). Collective."""
     with gathered(actor.policy):
-        results = play_tests(actor.play, tests, actor.world)
+        results = play_tests(actor.play, tests, actor.world, actor.stop)
+        if results is None:
+            return None, []
         seeds = range(step, step + args.show) if actor.world.rank == 0 else []
         groups = actor.play(validation, seeds, args.samples, f"{args.seed}/show/{step}")
     return results, sample_rows(groups, step, actor.tokenizer)
+
+
+def target_entropy(args: Args, actor: Actor, learner: PolicyLearner, validation) -> float:
+    """H*: of the warm policy's own rollouts, on many prompts, as it is measured but once."""
+    count = args.validation_size if args.task == "math" else 4 * args.validation_prompts
+    return learner.entropy(actor.rollout(validation, actor.mine(count), args.samples, "target"))
 
 
 def main(args: Args, world: World) -> int:
     config, tokenizer, processor = load_readers(args.model, args.vision, args.trust_remote_code)
     train, validation, tests, report = load_task(args, tokenizer)
     world.say(report)
+    longest_row(args, config, tokenizer, processor, train)
     run = Run(  # folder, log, progress bar, Ctrl-C, checkpoints
         "amft",
         args,
@@ -1282,8 +1345,12 @@ def main(args: Args, world: World) -> int:
     method = METHODS[args.method]
     policy = build(args, config, world)
     optimizer = adamw(args, policy)
-    learner = PolicyLearner(args, policy, optimizer, world, tokenizer.pad_token_id)
-    controller = Controller(args, learns=method.mu is learned_mu)
+    filler = demonstrate(tokenizer, train, 0, processor).turns[0]
+    learner = PolicyLearner(args, policy, optimizer, world, tokenizer.pad_token_id, filler)
+    controller = Controller(args, learns=method.learns_mu)
+    checkpoint = ModelCheckpoint(policy, processor or tokenizer, optimizer, policy.lm)
+    size = sum(p.numel() for p in learner.params)
+    run.start(checkpoint, f"{size / 1e6:.1f}M parameters", controller.state)
     actor = Actor(
         policy,
         policy.lm,
@@ -1293,69 +1360,80 @@ def main(args: Args, world: World) -> int:
         seed=args.seed,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.generation_batch,
+        stop=run.stop,
     )
-    checkpoint = ModelCheckpoint(policy, processor or tokenizer, optimizer, policy.lm)
-    size = sum(p.numel() for p in learner.params)
-    run.start(checkpoint, f"{size / 1e6:.1f}M parameters", controller.state)
-    own_samples = args.samples - (1 if method.demonstrations == "for a sample" else 0)
+    own_samples = args.samples - (1 if method.demonstrations == "replaces_sample" else 0)
 
     for step in run.steps():
         if run.evaluation_due(step, args.warmup_steps):
             results, shown = evaluate(args, actor, tests, validation, step)
-            run.evaluation(step, results, tests_lines(step, results, shown), samples=shown)
+            lines = tests_lines(step, results, shown) if results else []
+            run.evaluation(step, results, lines, samples=shown)
         if run.is_over(step):
             break
         torch.manual_seed(hash((args.seed, step, world.rank)) % 2**31)  # dropout
         warming = step < args.warmup_steps
         mu = 1.0 if warming else method.mu(args, step, controller)
-        if controller.wants_target(step):  # H*: of the warm policy, on its own rollouts
-            seeds = actor.mine(args.validation_prompts)
-            groups = actor.rollout(validation, seeds, args.samples, "target")
-            controller.state["entropy_target"] = learner.entropy(groups)
+        if controller.wants_target(step):
+            target = target_entropy(args, actor, learner, validation)
+            if run.stop_agreed():
+                break
+            controller.state["entropy_target"] = target
         run.lap()
 
-        # Algorithm 1, a and b: demonstrations and own samples of the step's prompts, rewards
+        # (a, b) demonstrations and own samples of the step's prompts, rewards, advantages.
+        # A seed names an episode: game.reset(seed)
         seeds = training_seeds(args, actor, step)
         demonstrations = [actor.demonstrate(train, seed) for seed in seeds]
         groups = [] if mu == 1 else actor.rollout(train, seeds, own_samples, step)
+        if run.stop_agreed():
+            break
         seconds = {"rollout": run.lap()}
-
-        # d, first, as its step is what c differentiates: theta <- clipped AdamW(theta, G)
         sft, rl = rows_of(args, groups, demonstrations)
         if method.weight_of_sft(mu) == 0:
             sft = []
         if args.advantage == "gae" and groups:
             learner.estimate_advantages(rl)
+
+        # (d) theta <- clipped AdamW(theta, G): before (c), which differentiates this very step
         schedule = min(1.0, (step + 1) / args.lr_warmup)
         if warming:
             schedule *= args.warmup_lr / args.lr
-        update = learner.update(mu, sft, rl, schedule, with_D=controller.gradient_due(step))
-        controller.state["optimizer_steps"] += update.steps
+        result = learner.train_on(mu, sft, rl, schedule, with_D=controller.gradient_due(step))
+        controller.state["optimizer_steps"] += result.steps
         seconds["train"] = run.lap()
-        metrics = loss_metrics(args, update.sums, mu)
-        metrics |= {"grad_norm": update.norm, "lr": args.lr * schedule}
+        metrics = loss_metrics(args, result.sums, mu)
+        metrics |= {"grad_norm": result.norm, "lr": args.lr * schedule}
         if groups:
             metrics |= rollout_metrics(groups, world)
 
-        # c: grad_mu U at the new theta (5), and with it the mu of the next step (6)
-        if controller.has_target and update.finite:
-            grad_mu, derivative = None, None
-            if update.D is not None:
-                derivative = learner.derivative_by_mu(update)
+        # (c) grad_mu U at the new theta (5), and with it the mu of the next step (6)
+        trials = []
+        if controller.has_target and result.finite:
+            grad_mu = None
+            derivative = learner.derivative_by_mu(result) if result.D is not None else None
             if derivative is not None:
-                number = (step + 1) // args.mu_every
-                seeds = actor.mine(args.validation_prompts, number * args.validation_prompts)
+                first = (step + 1) // args.mu_every * args.validation_prompts
+                seeds = actor.mine(args.validation_prompts, first)
                 trials = actor.rollout(validation, seeds, args.samples, f"{step}/validation")
-                grad_mu, noise_ratio = learner.meta_gradient(trials, derivative)
-                metrics |= {"grad_mu": grad_mu, "grad_mu_snr": noise_ratio}
+                grad_mu, signal_to_noise = learner.grad_mu(trials, derivative)
+                metrics |= {"grad_mu": grad_mu, "grad_mu_snr": signal_to_noise}
             metrics["entropy_target"] = controller.state["entropy_target"]
-            if "entropy" in metrics:
-                metrics |= controller.update(step + 1, grad_mu, metrics["entropy"])
-        del update
+            if (
+                "entropy" in metrics
+            ):  # it is not where all of a step's responses were cut and masked
+                metrics |= controller.move(step + 1, grad_mu, metrics["entropy"])
+        del result
         seconds["mu"] = run.lap()
 
         metrics |= {f"seconds/{phase}": s for phase, s in seconds.items()}
-        generated, trained = world.sum(tokens_sampled(groups), sum(row.length for row in sft + rl))
+        sampled, tried, generated, trained = world.sum(
+            sum(len(group) for group in groups),
+            sum(len(group) for group in trials),
+            tokens_sampled(groups),
+            sum(row.length for row in sft + rl),
+        )
+        metrics |= {"samples/train": sampled, "samples/validation": tried}
         metrics["tokens_per_second/rollout"] = generated / seconds["rollout"]
         metrics["tokens_per_second/train"] = args.epochs * trained / seconds["train"]
         run.warn(rollout_warnings(metrics, args.max_new_tokens))

@@ -57,6 +57,7 @@ from data import (
 from measure import adaptation, adaptation_lines, average, results_table, step_metrics
 from model import (
     World,
+    check_positions,
     each_gradient,
     flat_like,
     full,
@@ -71,7 +72,7 @@ from model import (
     token_loss,
     trained_parameters,
 )
-from run import ModelCheckpoint, Run, check_space, start
+from run import ModelCheckpoint, Run, check_space, rate_warnings, start
 
 
 @dataclass
@@ -182,7 +183,8 @@ class Args:
 
 # What may differ when a run is resumed: it does not change the mathematics.
 FREE = {
-    "resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "replicas", "micro_batch",
+    "resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "eval_problems",
+    "eval_tasks", "eval_max_new_tokens", "gain_every", "replicas", "micro_batch",
     "activation_checkpointing", "offload_theta", "cpu_offload", "compile", "dry_run",
 }  # fmt: skip
 
@@ -434,6 +436,8 @@ def prepare(args: Args, world: World) -> tuple:
         args.query_batch,
         args.eval_tasks,
     )
+    longest = max(len(row.ids) for row in tokens.values())
+    check_positions(config, longest, "--max-length")
     world.say(report)
     return config, tokenizer, tasks, test_tasks, tokens
 
@@ -504,6 +508,7 @@ def main(args: Args, world: World) -> int:
         shows={"query": "meta/loss", "gain": "meta/adaptation_gain", "tok_s": "tokens_per_second"},
         advice="lower --inner-lr or --outer-lr",
     )
+    run.warn(rate_warnings(args, {"outer_lr": 3e-4, "inner_lr": 0.05}))
     torch.manual_seed(args.seed)
     model = build(args, config, world)
     learner = MetaLearner(model, args, world, tokenizer.pad_token_id, tokens)
@@ -525,6 +530,7 @@ def main(args: Args, world: World) -> int:
 
         # Does it adapt? Test loss and exact answers before and after K steps on new tasks
         if run.evaluation_due(step):
+            torch.manual_seed(args.seed)  # dropout
             result = adaptation(
                 model,
                 test_tasks,
@@ -539,7 +545,7 @@ def main(args: Args, world: World) -> int:
                 seed=args.seed,
                 stop=run.stop,
             )
-            lines = adaptation_lines(step, result, first=len(run.evaluations) < 2)
+            lines = adaptation_lines(step, result, run.evaluations)
             run.evaluation(step, result, lines, average(result) if result else None)
         if run.is_over(step):
             break

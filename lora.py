@@ -33,7 +33,12 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def linear_layers(model) -> dict[str, torch.nn.Linear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    """By name; of a model with a vision part only the language model's, which text reaches."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    if not hasattr(model.config, "vision_config"):
+        return layers
+    language = {id(m) for m in model.get_decoder().modules()}
+    return {n: m for n, m in layers.items() if id(m) in language}
 
 
 class Adapters:
@@ -87,10 +92,11 @@ class Adapters:
 
     def _add(self, i: int, layer, inputs, output):
         x, (A, B) = inputs[0], self.stack[2 * i : 2 * i + 2]
-        x = dropout(x, self.dropout if self.training else 0.0).to(A.dtype)
+        x = dropout(x, self.dropout if self.training else 0.0)
         x = x.reshape(len(A), -1, x.shape[-1])  # [T, rows x L, d_in]
-        low = torch.bmm(x, A.transpose(1, 2))  # [T, rows x L, r]
-        y = output.reshape(len(A), -1, output.shape[-1]).to(A.dtype)
+        # In x's dtype: autograd keeps x anyway, but not a copy of it in fp32
+        low = torch.bmm(x, A.to(x.dtype).transpose(1, 2)).to(B.dtype)  # [T, rows x L, r]
+        y = output.reshape(len(B), -1, output.shape[-1]).to(B.dtype)
         y = torch.baddbmm(y, low, B.transpose(1, 2), alpha=self.scale)
         return y.view(output.shape).to(output.dtype)
 

@@ -126,8 +126,12 @@ def average(result: dict[str, dict]) -> dict[str, float]:
     return {k: sum(r[k] for r in result.values()) / len(result) for k in keys}
 
 
-def adaptation_lines(step: int, result: dict[str, dict] | None, first: bool) -> list[str]:
-    """What the terminal says of an evaluation; at the `first` ones, whether adaptation works."""
+def adaptation_lines(step: int, result: dict | None, earlier: dict[int, dict]) -> list[str]:
+    """What the terminal says of an evaluation, and of what is wrong with it.
+
+    earlier: evaluations by step. At the first ones: whether adaptation works at all. At later ones:
+    whether the model has got worse before adaptation, as it does under too high rates.
+    """
     if result is None:
         return []
     mean = average(result)
@@ -135,17 +139,23 @@ def adaptation_lines(step: int, result: dict[str, dict] | None, first: bool) -> 
     line = f"step {step}: loss before adaptation {before:.3f}, after {after:.3f}"
     if "accuracy_after" in mean:
         line += f", accuracy {mean['accuracy_before']:.1%} -> {mean['accuracy_after']:.1%}"
-    gain = before - after
-    if not first or gain >= 0.01:
-        return [line]
-    if gain > -0.01:
-        warning = (
+    lines, gain = [line], before - after
+    if len(earlier) < 2 and -0.01 < gain < 0.01:
+        lines.append(
             f"warning: adaptation gains only {gain:+.4f} nats: the inner loop hardly moves the "
             "model (raise --inner-lr or --inner-steps)"
         )
-    else:
-        warning = f"warning: adaptation makes the loss worse by {-gain:.3f} nats (lower --inner-lr)"
-    return [line, warning]
+    if len(earlier) < 2 and gain <= -0.01:
+        lines.append(
+            f"warning: adaptation makes the loss worse by {-gain:.3f} nats (lower --inner-lr)"
+        )
+    start = average(earlier[min(earlier)]) if earlier else mean
+    if before > start["loss_before"] + 0.5 and after > start["loss_after"]:
+        lines.append(
+            f"warning: the loss is above its start, before adaptation ({start['loss_before']:.3f}) "
+            f"and after it ({start['loss_after']:.3f}): lower --outer-lr"
+        )
+    return lines
 
 
 def results_table(base: dict[str, dict], trained: dict[str, dict]) -> str:

@@ -54,6 +54,7 @@ from lora import AdapterCheckpoint, Adapters, linear_layers, write_merged
 from measure import adaptation, adaptation_lines, average, results_table, step_metrics
 from model import (
     World,
+    check_positions,
     layers_to_shard,
     learning_rate,
     load_config,
@@ -64,7 +65,7 @@ from model import (
     skeleton,
     token_losses,
 )
-from run import Run, check_space, start
+from run import Run, check_space, rate_warnings, start
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Args:
     """The adapter's start, dropout and episodes are functions of it."""
 
     # The adapter
-    r: int = 16
+    lora_r: int = 16
     """Rank of every adapter."""
     alpha: float = 32
     """Scale: alpha / r (alpha / sqrt(r) with --rank-stabilised)."""
@@ -195,7 +196,8 @@ class Args:
 
 # What may differ when a run is resumed: it does not change the mathematics.
 FREE = {
-    "resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "tasks_per_forward",
+    "resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "eval_problems",
+    "eval_tasks", "eval_max_new_tokens", "gain_every", "tasks_per_forward",
     "activation_checkpointing", "dry_run", "merge",
 }  # fmt: skip
 
@@ -353,7 +355,7 @@ def support_steps(episodes: list, size: int) -> list:
 # Where the numbers must lie
 NUMBERS = {
     "[1, 1e9]": (
-        "r", "inner_steps", "support_batch", "query_batch", "tasks_per_step", "steps", "keep",
+        "lora_r", "inner_steps", "support_batch", "query_batch", "tasks_per_step", "steps", "keep",
         "save_every", "max_length", "eval_problems",
     ),
     "[0, 1e9]": ("eval_tasks", "eval_max_new_tokens", "gain_every", "tasks_per_forward"),
@@ -388,6 +390,8 @@ def prepare(args: Args, world: World) -> tuple:
     config, tokenizer = load_config(args.model, args.trust_remote_code)
     base = skeleton(config, trust_remote_code=args.trust_remote_code)
     names = {name.split(".")[-1] for name in linear_layers(base)}
+    if not args.target_modules:
+        raise DataError("--target-modules: name at least one")
     if unknown := [t for t in args.target_modules if t not in names]:
         raise DataError(
             f"--target-modules {' '.join(unknown)}: the model has no such linear layer; it has "
@@ -410,6 +414,8 @@ def prepare(args: Args, world: World) -> tuple:
         args.query_batch,
         args.eval_tasks,
     )
+    longest = max(len(row.ids) for row in tokens.values())
+    check_positions(config, longest, "--max-length")
     world.say(report)
     return config, tokenizer, tasks, test_tasks, tokens
 
@@ -465,10 +471,11 @@ def main(args: Args, world: World) -> int:
         advice="lower --inner-lr or --outer-lr",
         steps=0 if args.meta_gradient == "none" else args.steps,
     )
+    run.warn(rate_warnings(args, {"outer_lr": 2e-3, "inner_lr": 2e-3}))
     model = build(args, config, world)
     adapters = Adapters(
         model,
-        r=args.r,
+        r=args.lora_r,
         alpha=args.alpha,
         dropout=args.dropout,
         target_modules=args.target_modules,
@@ -510,7 +517,7 @@ def main(args: Args, world: World) -> int:
                 seed=args.seed,
                 stop=run.stop,
             )
-            lines = adaptation_lines(step, result, first=len(run.evaluations) < 2)
+            lines = adaptation_lines(step, result, run.evaluations)
             run.evaluation(step, result, lines, average(result) if result else None)
         if run.is_over(step):
             break
@@ -577,6 +584,9 @@ def main(args: Args, world: World) -> int:
 
 
 def cli() -> int:
+    if any(flag.split("=")[0] == "--r" for flag in sys.argv[1:]):  # torchrun takes it for its own
+        print("meta_lora.py: --r is now --lora-r", file=sys.stderr)
+        return 2
     return start("meta_lora.py", tyro.cli(Args), check, examine, main)
 
 

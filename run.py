@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data import DataError
 from model import (
+    EMBEDDED,
     ModelError,
     World,
     first_line,
@@ -507,6 +508,18 @@ def peak_flops(device: torch.device) -> float | None:
 
 # --------------------------------------------------------------------------------------------------
 # Before anything expensive
+
+
+def rate_warnings(args, limits: dict[str, float]) -> dict[str, str]:
+    """Warnings of learning rates that suit 1.2M parameters, where another model is trained."""
+    if args.model in EMBEDDED:
+        return {}
+    return {
+        name: f"--{name.replace('_', '-')} {getattr(args, name):g} is a rate for the embedded "
+        f"models: a real one wants less than {limit:g}, or its weights are lost"
+        for name, limit in limits.items()
+        if getattr(args, name) >= limit
+    }
 
 
 def check_ranks(world: World) -> list[str]:

@@ -179,8 +179,12 @@ def random_rows(
         finished, won = rng.random() < 0.8, rng.random() < 0.5
         turn = Turn(prompt, ids, old, finished, "", float(won))
         advantages = [rng.uniform(-1, 1)] * len(ids)
-        returns = [rng.uniform(0, 1) for _ in ids]
-        rows.append(amft.Row(turn, advantages, 0.0, demonstration, won, returns))
+        targets = [rng.uniform(0, 1) for _ in ids]
+        rows.append(
+            amft.Row(
+                turn, advantages, demonstration=demonstration, right=won, value_targets=targets
+            )
+        )
     return rows
 
 

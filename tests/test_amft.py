@@ -38,7 +38,7 @@ def tokens_of(logprobs: torch.Tensor, **changes) -> amft.Tokens:
         "values": None,
         "old": torch.zeros_like(logprobs),
         "advantages": ones,
-        "returns": ones,
+        "value_targets": ones,
         "mask": ones.bool(),
         "weight": ones[:, :1],
         "demonstration": torch.tensor([[False]]),
@@ -110,7 +110,8 @@ def advantages_by_hand():
     assert amft.group_advantages([3.0, 0, 0], "mean") == [2, -1, -1]
     got = amft.group_advantages([3.0, 0, 0], "leave_one_out")
     assert got == pytest.approx([3, -1.5, -1.5])
-    # V = (0.5, 0.2, 0.4), reward 1, lambda 0.5: deltas -0.3, 0.2, 0.6 -> 0.6, 0.2 + 0.3, -0.3 + 0.25
+    # V = (0.5, 0.2, 0.4), reward 1, lambda 0.5: deltas -0.3, 0.2, 0.6, so from the last on
+    # 0.6, 0.2 + 0.3, -0.3 + 0.25
     assert amft.gae([0.5, 0.2, 0.4], 1.0, 0.5) == pytest.approx([-0.05, 0.5, 0.6])
     assert amft.gae([0.5, 0.2], 1.0, 1.0) == pytest.approx([0.5, 0.8])
     trajectory = Trajectory([Turn([], [], [], True, "", r) for r in (-1.0, -2.0, 5.0)])
@@ -254,8 +255,8 @@ class PlainLosses:
             for row in self.kept:
                 out = self.outputs(row)
                 v = self.policy.value(out.hidden).squeeze(-1)
-                returns = torch.tensor(row.returns, dtype=torch.float64)
-                value_loss = 0.5 * (v - returns).square().sum()
+                targets = torch.tensor(row.value_targets, dtype=torch.float64)
+                value_loss = 0.5 * (v - targets).square().sum()
                 bonus = self.args.entropy_coefficient * out.entropy.sum()
                 loss = self.args.value_coefficient * value_loss - bonus
                 losses.append(loss / response_tokens(self.kept))
@@ -282,8 +283,8 @@ class PlainLosses:
     ids=str,
 )
 def test_amft_batch_equals_rows(method, options, process_group):
-    """G and D of padded batches in micro-batches, by each method's normalisation, equal a plain loop
-    over unpadded rows; rows with advantage 0 too, which are not sent through backward."""
+    """G and D of padded batches in micro-batches, by each method's normalisation, equal a plain
+    loop over unpadded rows; rows with advantage 0 too, which are not sent through backward."""
     learner = amft_learner(small_llama(), method=method, **options)
     own = random_rows(7, 1)
     for row in own[2:5]:
