@@ -69,6 +69,8 @@ from measure import (
 )
 from model import (
     World,
+    activation_bytes,
+    cache_bytes,
     check_positions,
     each_gradient,
     flat_like,
@@ -77,14 +79,22 @@ from model import (
     load_readers,
     load_weights,
     local,
+    logit_bytes,
     materialize,
+    parameter_count,
     set_gradients,
     skeleton,
     trained_parameters,
     turn_off_dropout,
 )
 from policy import Policy, check_head, stack_inputs
-from run import ModelCheckpoint, Run, check_space, start
+from run import (
+    ModelCheckpoint,
+    Needs,
+    Run,
+    check_space,
+    start,
+)
 
 
 @dataclass
@@ -1225,14 +1235,35 @@ def examine(args: Args, world: World) -> list[str]:
     longest = longest_row(args, config, tokenizer, processor, train)
     responses = args.prompts_per_step * args.samples
     world.say(f"{responses} responses per step, at most {responses * longest:,} tokens")
-    return check_space(
-        config,
-        world,
-        buffers=6 if METHODS[args.method].learns_mu else 5,
-        batch_tokens=args.micro_batch * longest,
-        checkpointing=args.activation_checkpointing,
-        output_dir=args.output_dir,
-        kept=min(args.keep, -(-args.steps // args.save_every)) + 1,
+    kept = min(args.keep, -(-args.steps // args.save_every)) + 1
+    return check_space(world, needs(args, config, world, longest), args.output_dir, kept)
+
+
+def needs(args: Args, config, world: World, longest: int) -> Needs:
+    """Bytes on each rank: weights, Adam's moments, G (and D), and what a batch or rollout takes."""
+    n, cuda = parameter_count(config, args.trust_remote_code), world.device.type == "cuda"
+    width, shard = 2 if cuda else 4, 4 * n / world.shards
+    device, host = {"weights": shard, "Adam": 2 * shard, "G": shard}, {}
+    if METHODS[args.method].learns_mu:
+        device["D"] = shard
+    if cuda and args.cpu_offload:
+        device, host = {}, device
+    if cuda and world.rank == 0:
+        host["weights while loading"] = 4 * n
+    rows = min(args.generation_batch, args.prompts_per_step * args.samples // world.size)
+    at_once = args.micro_batch * longest
+    return Needs(
+        device,
+        host,
+        training={
+            "activations": activation_bytes(config, at_once, width, args.activation_checkpointing),
+            "logits": min(2**30, logit_bytes(config, at_once, width)),  # some at a time
+        },
+        evaluation={
+            "gathered weights": width * n if cuda or world.shards > 1 else 0,
+            "cache of rollouts": cache_bytes(config, rows * longest, width),
+        },
+        disk=(12 + width) * n,
     )
 
 

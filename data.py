@@ -12,42 +12,54 @@ Sources, one flag `--data`:
     conventions    generated (tiny/conventions.py): each task hides a rule that its prompts do not
                    tell, so nothing but adaptation on the support rows can answer the query.
     hub            EleutherAI/hendrycks_math through `datasets`, all 7 configurations.
-    PATH           .json, .jsonl, .jsonl.gz or .parquet, a folder of such files, or a folder written
-                   by this program.
+    PATH           a file (.json, .jsonl, .jsonl.gz, .parquet, .csv), a folder of such files, what
+                   `datasets` or the hub keeps, or a folder written by this program (sources.py).
 
 As a program it prepares and checks a folder of parquet files (names and columns as in
 ZhaochenYu0201/fomaml, so that files of either program work in the other):
     python data.py --output-dir math_meta --data hub --validate
 """
 
-import gzip
 import hashlib
 import json
+import os
 import random
 import re
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Number
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from checker import extract_answer, grade
+from sources import (
+    Columns,
+    DataError,
+    cell_of,
+    expanded,
+    find_columns,
+    given_answer,
+    hub_tables,
+    local_tables,
+    parse,
+    present,
+    read_rows,
+    reason_of,
+    texts_of,
+)
 
 MATH_CONFIGS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
     "prealgebra", "precalculus",
 )  # fmt: skip
-SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 TASK_COLUMNS = ("task", "subject", "type")
 # The usual request to a model that knows instructions
 BOX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-
-
-class DataError(ValueError):
-    """The data cannot be used as asked; the message is one line for the user."""
 
 
 def check_numbers(args, intervals: dict[str, Sequence[str]]) -> None:
@@ -100,109 +112,81 @@ class Episode:
 # Files and the hub
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a .json, .jsonl, .jsonl.gz or .parquet file. Raises DataError."""
-    try:
-        if path.name.endswith(".parquet"):
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(path).to_pylist()
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8") as file:
-            if path.suffix == ".json":
-                rows = json.load(file)
-                return rows if isinstance(rows, list) else rows["data"]
-            return [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError, KeyError, EOFError) as e:  # pyarrow's errors are ValueErrors
-        raise DataError(f"cannot read {path}: {str(e).splitlines()[0]}") from None
-
-
 def to_examples(rows: list[dict], source: str, task_column: str | None) -> list[tuple]:
-    """[(task, Example)] from rows in any of the accepted column layouts.
+    """[(task, Example)] from rows in any of the accepted forms.
 
     task_column: None for the first of task, subject, type; "" where no tasks are asked for. Raises
     DataError naming what is missing.
     """
     if not rows:
         raise DataError(f"{source} holds no rows")
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{source}: every row must be an object with named columns")
     if isinstance(rows[0].get("metadata"), str):  # a prepared file: other columns travel as JSON
-        try:
-            rows = [{**json.loads(row["metadata"]), **row} for row in rows]
-        except (ValueError, TypeError):
-            raise DataError(f"{source}: column metadata is not JSON") from None
-    if task_column == "" and not _present(rows[0], TASK_COLUMNS):
+        rows = [_unpacked(row, f"{source}, row {i}") for i, row in enumerate(rows, 1)]
+    if task_column == "" and not present(rows[0], TASK_COLUMNS):
         rows = [{**row, "subject": "math"} for row in rows]
-    prompt = _present(rows[0], ("prompt", "problem"))
-    response = _present(rows[0], ("response", "solution"))
-    task = _present(rows[0], (task_column,) if task_column else TASK_COLUMNS)
+    columns = find_columns(rows[0])
+    task = present(rows[0], (task_column,) if task_column else TASK_COLUMNS)
     wanted = (
-        ("problem (or prompt)", prompt),
-        ("solution (or response)", response),
+        ("problem (or prompt)", columns.prompt),
+        ("solution (or response)", columns.response),
         (task_column or "subject (or type, task, --task-column)", task),
     )
     if missing := [name for name, column in wanted if column is None]:
-        columns = "columns" if len(missing) > 1 else "column"
+        word = "columns" if len(missing) > 1 else "column"
         there = ", ".join(map(str, rows[0]))
-        raise DataError(f"{source}: missing {columns} {', '.join(missing)}; found: {there}")
+        raise DataError(f"{source}: missing {word} {', '.join(missing)}; found: {there}")
     examples = []
     for i, row in enumerate(rows):
-        texts = row.get(prompt), row.get(response)
-        empty = not all(isinstance(text, str) and text.strip() for text in texts)
-        if empty or row.get(task) in (None, ""):
-            raise DataError(
-                f"{source}, row {i + 1}: {prompt}, {response} and {task} must be non-empty text"
-            )
-        answer = row.get("answer")
-        if answer in (None, ""):
-            answer = extract_answer(row[response]) or ""
-        subject = str(row.get(_present(row, ("subject", "type")) or task))
-        level = re.search(r"\d+", str(row.get("level") or ""))
+        where = f"{source}, row {i + 1}"
+        texts = texts_of(row, columns)
+        name = row.get(task)
+        named = isinstance(name, (str, Number)) and str(name).strip() and name == name  # not nan
+        if texts is None or not named:
+            names = ", ".join(dict.fromkeys(columns))
+            chat = ""
+            if any(isinstance(cell_of(row, column), list) for column in columns):
+                chat = " (or turns of user and assistant, the assistant's last)"
+            raise DataError(f"{where}: {names} and {task} must be non-empty text{chat}")
+        try:
+            answer = given_answer(row, columns)
+        except (ValueError, RecursionError) as e:
+            raise DataError(f"{where}: {reason_of(e)}") from None
+        if answer is None:
+            answer = extract_answer(texts[1]) or ""
+        subject = next((row[c] for c in ("subject", "type") if row.get(c) not in (None, "")), name)
+        level = re.search(r"\d{1,9}", str(row.get("level") or ""))
         level = int(level.group()) if level else 0
-        example = Example(*texts, str(answer), subject, level, f"{source}/{i}")
-        examples.append((str(row[task]), example))
+        examples.append((str(name), Example(*texts, answer, str(subject), level, f"{source}/{i}")))
     return examples
 
 
-def _present(row: dict, names: Sequence[str]) -> str | None:
-    """The first of the names that is a column of the row."""
-    return next((name for name in names if name in row), None)
+def _unpacked(row: dict, where: str) -> dict:
+    """With the fields of its metadata, where it has some, as columns."""
+    if row.get("metadata") is None:
+        return row
+    try:
+        return parse(row["metadata"]) | row
+    except (ValueError, TypeError, RecursionError):
+        raise DataError(f"{where}: column metadata is not JSON") from None
 
 
-def local_rows(path: Path, task_column: str | None) -> tuple[list, list]:
-    """(rows to split, rows of a test file), as of to_examples. In a folder a file named test* is
-    its test split. Raises DataError."""
-    if not path.exists():
-        raise DataError(
-            f"no such file or folder: {path} (--data takes embedded, conventions, hub or a path)"
-        )
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
-    if not files or not all(file.name.endswith(SUFFIXES) for file in files):
-        raise DataError(f"{path}: no {', '.join(SUFFIXES)} file")
+def local_rows(data: str, task_column: str | None) -> tuple[list, list]:
+    """(rows to split, rows of test files), as of to_examples. Raises DataError."""
     train, test = [], []
-    for file in files:
-        rows = test if len(files) > 1 and file.name.startswith("test") else train
-        rows.extend(to_examples(read_rows(file), str(file), task_column))
+    for source, is_test, rows in local_tables(data):
+        split_rows = test if is_test else train
+        split_rows.extend(to_examples(rows, source, task_column))
     return train, test
 
 
 def hub_rows(task_column: str | None) -> tuple[list, list]:
     """(training rows, test rows) of MATH, as of to_examples. Raises DataError."""
-    import datasets
-
-    name, train, test = "EleutherAI/hendrycks_math", [], []
+    train, test = [], []
     for config in MATH_CONFIGS:
-        try:
-            loaded = datasets.load_dataset(name, config)
-        except Exception as e:  # datasets and huggingface_hub raise many kinds
-            reason = str(e).splitlines()[0][:200]
-            raise DataError(f"cannot load {name} ({config}) from the hub: {reason}") from None
+        tables = hub_tables("EleutherAI/hendrycks_math", config)
         for split_name, rows in (("train", train), ("test", test)):
             source = f"hub/{config}/{split_name}"
-            rows.extend(to_examples(loaded[split_name].to_list(), source, task_column))
+            rows.extend(to_examples(tables[split_name], source, task_column))
     return train, test
 
 
@@ -267,12 +251,12 @@ def load_tasks(
         tasks = _embedded_tasks(make, task_column, max_samples, seed)
     elif data == "conventions":
         tasks = _convention_tasks(make)
-    elif (Path(data) / "meta_train").is_dir():
-        tasks = _prepared_tasks(Path(data), task_column)
+    elif data and (expanded(data) / "meta_train").is_dir():
+        tasks = _prepared_tasks(expanded(data), task_column)
     elif data == "hub":
         tasks = _grouped_tasks(make, *hub_rows(task_column), max_samples, seed)
     else:
-        tasks = _grouped_tasks(make, *local_rows(Path(data), task_column), max_samples, seed)
+        tasks = _grouped_tasks(make, *local_rows(data, task_column), max_samples, seed)
     return _hold_out(tasks, heldout) if heldout else tasks
 
 
@@ -340,7 +324,7 @@ def _grouped_tasks(make: Callable, train, test, max_samples: int, seed: int) -> 
     train_rows, test_rows = defaultdict(list), defaultdict(list)
     for groups, rows in ((test_rows, test), (train_rows, train)):
         for name, example in rows:
-            key = " ".join(example.prompt.split())
+            key = words_of(example)
             if key not in seen:
                 seen.add(key)
                 groups[name].append(example)
@@ -349,6 +333,11 @@ def _grouped_tasks(make: Callable, train, test, max_samples: int, seed: int) -> 
         rows = order_by_hash(seed, train_rows[name])[: max_samples or None]
         tasks.append(make(name, rows, test_rows[name]))
     return tasks
+
+
+def words_of(example: Example) -> str:
+    """The problem's text; two rows with the same are the same problem."""
+    return " ".join(example.prompt.split())
 
 
 def slug(name: str) -> str:
@@ -367,8 +356,11 @@ def _prepared_tasks(folder: Path, task_column: str | None) -> list[Task]:
                 raise DataError(f"{folder}: {name} is missing")
             rows = to_examples(read_rows(folder / name), name, task_column)
             splits.append([example for _, example in rows])
+        seen = {words_of(example) for example in splits[2]}
+        for examples in splits[:2]:  # a problem of the test split is not trained on
+            examples[:] = [example for example in examples if words_of(example) not in seen]
         subjects = {example.subject for example in splits[0]}
-        name = next(iter(subjects))
+        name = next(iter(subjects), stem)
         if len(subjects) > 1 or slug(name) != stem:
             name = stem
         tasks.append(Task(name, *splits))
@@ -541,17 +533,20 @@ def episode_tasks(
     support: int,
     query: int,
     evaluated: int,
+    limit: str = "--max-length",
 ) -> tuple[list[Task], list[Task], dict[str, Encoded], str]:
     """(tasks to train on, tasks to evaluate on, {example.id: Encoded}, a line on what there is) for
     episodes of `steps` times `support` and `query` rows.
 
     Evaluated are the held-out tasks, or all where none is held out; at most `evaluated` of them (0:
-    all), evenly over the list, so that every kind is there. Raises DataError for a task with too
-    few rows.
+    all), evenly over the list, so that every kind is there. limit: what the user calls max_length.
+    Raises DataError for a task with too few rows.
     """
-    rows = []
+    rows, read = [], {}
     for t in tasks:
-        rows += t.support + t.query + t.test
+        own = t.support + t.query + t.test
+        rows += own
+        read[t.name] = len(own)
     tokens, dropped = encode(tokenizer, rows, max_length)
 
     def fitting(examples: list[Example]) -> list[Example]:
@@ -564,10 +559,12 @@ def episode_tasks(
     for t in tasks:
         few_queries = len(t.query) < query and not t.heldout
         if len(t.support) < support or few_queries or not t.test:
+            longer = read[t.name] - len(t.support) - len(t.query) - len(t.test)
+            cause = f" ({longer} are over the {max_length} tokens of {limit})" if longer else ""
             raise DataError(
                 f"task {t.name} has {len(t.support)} support, {len(t.query)} query and "
-                f"{len(t.test)} test rows; it needs {support} (--support-batch), {query} "
-                "(--query-batch) and 1: lower these or change the ratios"
+                f"{len(t.test)} test rows{cause}; it needs {support} support, {query} query and 1 "
+                "test: fewer rows in an episode, more rows in the file, or other ratios"
             )
     heldout = [t for t in tasks if t.heldout]
     report = (
@@ -629,10 +626,18 @@ def collate(rows: Sequence[Encoded], pad_id: int, multiple: int = 32) -> dict:
 
 def write_prepared(tasks: Sequence[Task], folder: Path) -> None:
     """Parquet files with the columns prompt, response, metadata (JSON: subject, level, answer,
-    task)."""
+    task). Raises DataError for tasks that would share a file."""
     import pyarrow
     import pyarrow.parquet
 
+    names: dict[str, str] = {}
+    for task in tasks:
+        first = names.setdefault(slug(task.name), task.name)
+        if first != task.name:
+            raise DataError(
+                f"tasks {first!r} and {task.name!r} would both be {slug(first)} in names of "
+                "files: rename one"
+            )
     schema = pyarrow.schema([(c, pyarrow.string()) for c in ("prompt", "response", "metadata")])
     for task in tasks:
         splits = (task.support, task.query, task.test)
@@ -647,8 +652,9 @@ def write_prepared(tasks: Sequence[Task], folder: Path) -> None:
 
 
 def validate(folder: Path) -> list[str]:
-    """What is wrong with a prepared folder, one line each: missing files or columns, empty texts, a
-    problem in two splits, a response without a final answer. Empty: the folder is good."""
+    """What is wrong with a prepared folder, one line each: missing files or columns, empty texts,
+    metadata that is not JSON, a problem in two splits, a response without a final answer. Empty:
+    the folder is good."""
     files = sorted(folder.glob("meta_train/*.parquet"))
     files += sorted(folder.glob("few_shot_eval/*.parquet"))
     if not files:
@@ -675,12 +681,17 @@ def _faults(rows: list[dict], name: str, seen: dict[str, str]) -> Iterator[str]:
         yield f"{name}: missing columns {', '.join(missing)}; found {', '.join(rows[0])}"
         return
     for i, row in enumerate(rows, 1):
-        if not (row["prompt"] or "").strip() or not (row["response"] or "").strip():
-            yield f"{name}, row {i}: empty prompt or response"
+        texts = texts_of(row, Columns("prompt", "response"))
+        if texts is None:
+            yield f"{name}, row {i}: empty prompt or response, or not text"
             continue
-        if not extract_answer(row["response"]):
+        try:
+            _unpacked(row, f"{name}, row {i}")
+        except DataError as e:
+            yield str(e)
+        if not extract_answer(texts[1]):
             yield f"{name}, row {i}: no final answer in the response"
-        first = seen.setdefault(" ".join(row["prompt"].split()), name)
+        first = seen.setdefault(" ".join(texts[0].split()), name)
         if first != name:
             yield f"{name}, row {i}: the same problem is in {first}"
 
@@ -735,8 +746,18 @@ def prepare(args: Args, folder: Path) -> None:
     print(f"wrote {3 * len(tasks)} files to {folder}")
 
 
+NUMBERS = {
+    "(0, 1]": ("support_ratio", "query_ratio"),
+    "[-1, 1e9]": ("max_samples",),
+    "(-9e18, 9e18)": ("seed",),
+}
+
+
 def main(args: Args) -> int:
-    folder = Path(args.output_dir)
+    check_numbers(args, NUMBERS)
+    if not args.output_dir:
+        raise DataError("--output-dir must name a folder")
+    folder = expanded(args.output_dir)
     if not args.validate_only:
         prepare(args, folder)
     if not (args.validate or args.validate_only):
@@ -748,11 +769,26 @@ def main(args: Args) -> int:
     return 1 if faults else 0
 
 
-if __name__ == "__main__":
+def cli() -> int:
     import tyro
 
+    sys.stdout.reconfigure(errors="backslashreplace")  # a task's name in an ASCII terminal
     try:
-        sys.exit(main(tyro.cli(Args)))
-    except (DataError, OSError) as e:
+        status = main(tyro.cli(Args))
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("data.py: interrupted", file=sys.stderr)
+        return 130
+    except (DataError, OSError, UnicodeError) as e:
         print(f"data.py: {e}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            sys.stdout.flush()
+        except OSError:  # the output's own disk is full: Python would fail again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head`: end when nobody reads on
+    sys.exit(cli())

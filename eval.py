@@ -13,15 +13,25 @@ from there, none lost, none twice. Results: results.json, results.md. Problems, 
 unit of every interval.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the imports below take their seconds: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import errno
+import importlib.util
 import itertools
 import json
+import math
 import os
 import random
 import sys
+import time
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +49,8 @@ from data import (
     check_numbers,
     collate,
     embedded_examples,
-    episode_tasks,
+    encode,
+    is_right,
     load_tasks,
     read_rows,
     response_tokens,
@@ -51,13 +62,15 @@ from measure import bootstrap, mcnemar, pass_at_k, trajectory_counts, wilson
 from model import (
     ModelError,
     World,
+    first_line,
     load_config,
     load_readers,
     load_weights,
     setup,
     token_loss,
 )
-from policy import sample
+from policy import Sample, sample
+from sources import cell_of, find_columns, texts_of
 
 
 @dataclass
@@ -71,12 +84,13 @@ class Args:
     """A LoRA adapter in PEFT's format for the few-shot study (pip install peft): only it is
     adapted."""
     output_dir: str = "evals/run"
-    """responses-*.jsonl, results.json, results.md. A folder in use is continued; its settings must
-    be the same."""
+    """responses-*.jsonl, results.json, results.md. A folder with results of the same settings is
+    continued. Where the default one holds results of others, a number is appended (evals/run-2);
+    one that you name is refused then."""
     seed: int = 42
     """Of samples, shots and splits."""
     limit: int = 0
-    """Problems per benchmark (evenly over it; games: episodes) or test rows per task, 0 for all
+    """Problems per benchmark or test rows per task, evenly over them; of a game, episodes. 0: all
     (games: 234, as in the papers)."""
     batch_size: int = 64
     """Responses generated together on a rank."""
@@ -89,7 +103,8 @@ class Args:
     gpqa_d, mmlu_pro, all_id, all_ood; with --data a name of your choice."""
     data: str | None = None
     """A local file of the benchmark (.json, .jsonl, .jsonl.gz, .parquet: problem, answer, choices;
-    virl: a route file), or the tasks' data of the few-shot study."""
+    the answer to choices is a letter, a number from 0 or the text; virl: a route file), or the
+    tasks' data of the few-shot study."""
     compact: bool = False
     """Games with the short prompts and routes that amft.py trains small models on."""
     vision: bool = False
@@ -157,7 +172,7 @@ GROUPS = {
     "all_ood": ("arc_c", "gpqa_d", "mmlu_pro"),
 }
 GAMES = ("general_points", "virl")
-LETTERS = "ABCDEFGHIJ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_BOX = (
     "\nPlease reason step by step, and put the letter of your final answer within \\boxed{}."
 )
@@ -171,15 +186,20 @@ def load_benchmark(name: str, path: str | None, limit: int) -> list[Problem]:
     """
     if name == "embedded":
         problems = _embedded_problems()
-    elif path:
-        problems = [_problem(row, path) for row in read_rows(Path(path))]
     else:
-        problems = [_problem(row, HUB[name][0]) for row in _hub_rows(name)]
+        source = path or HUB[name][0]
+        rows = read_rows(Path(path)) if path else _hub_rows(name)
+        problems = [_problem(row, f"{source}, row {i}") for i, row in enumerate(rows, 1)]
     if not problems:
         raise DataError(f"benchmark {name}: no problems")
-    if limit and limit < len(problems):
-        problems = [problems[i * len(problems) // limit] for i in range(limit)]
+    problems = evenly(problems, limit)
     return [problem._replace(id=f"{name}/{i}") for i, problem in enumerate(problems)]
+
+
+def evenly(rows: Sequence, limit: int) -> list:
+    """`limit` of the rows, evenly over them: files are often ordered by difficulty. 0: all."""
+    count = min(limit or len(rows), len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def _embedded_problems() -> list[Problem]:
@@ -198,42 +218,95 @@ def _hub_rows(name: str):
     try:
         return datasets.load_dataset(source, config, split=split)
     except Exception as e:  # of many kinds; the user needs the one line
-        reason = str(e).splitlines()[0][:200]
         raise DataError(
-            f"cannot load {source} from the hub: {reason} (local files: --data PATH)"
+            f"cannot load {source} from the hub: {first_line(e)} (local files: --data PATH)"
         ) from None
+
+
+ANSWERS = ("answer", "answerkey", "final_answer", "correct answer", "solution")
 
 
 def _problem(row: dict, where: str) -> Problem:
     """A row of any of the benchmarks (hub columns or local files).
 
-    Raises DataError naming the columns.
+    where: file and row, for the messages. Raises DataError naming the columns.
     """
-    cells = {key.lower(): value for key, value in row.items()}
+    cells = {str(key).lower(): value for key, value in row.items()}
     prompt = cells.get("problem") or cells.get("question") or cells.get("prompt")
-    names = ("answer", "answerkey", "final_answer", "correct answer", "solution")
-    answer = next((cells[k] for k in names if cells.get(k) not in (None, "", [])), None)
-    choices = cells.get("choices") or cells.get("options") or ()
-    if isinstance(choices, dict):  # ARC: {"text": [...], "label": ["A", ...] or ["1", ...]}
-        answer, choices = LETTERS[choices["label"].index(answer)], choices["text"]
-    if (
-        "incorrect answer 1" in cells
-    ):  # GPQA: the right answer's place is a function of the question
-        choices = [cells[f"incorrect answer {i}"] for i in (1, 2, 3)]
-        place = zlib.crc32(prompt.encode()) % 4
-        choices.insert(place, cells["correct answer"])
-        answer = LETTERS[place]
-    if isinstance(answer, list):
-        answer = ", ".join(answer)
-    if not isinstance(prompt, str) or answer is None:
-        found = ", ".join(row)
+    answer = next((cells[name] for name in ANSWERS if _is_answer(cells.get(name))), None)
+    if not isinstance(prompt, str) or not prompt.strip() or answer is None:
+        found = ", ".join(map(str, row))
         raise DataError(f"{where}: needs problem (or question) and answer; found {found}")
+    if isinstance(answer, list):
+        answer = answer[0] if len(answer) == 1 else ", ".join(map(str, answer))
+    choices = cells.get("choices") or cells.get("options") or ()
+    if "incorrect answer 1" in cells:
+        answer, choices = _gpqa_choices(prompt, cells)
+    if choices:
+        answer, choices = _lettered(answer, choices, where)
     answer = str(answer)
     if "####" in answer:
-        answer = extract_answer(answer)
+        answer = extract_answer(answer) or answer
     subject = cells.get("subject") or cells.get("category") or cells.get("type") or ""
     level = cells.get("level") or ""
-    return Problem("", prompt, answer, tuple(map(str, choices)), str(subject), str(level))
+    return Problem("", prompt, answer, tuple(choices), str(subject), str(level))
+
+
+def _is_answer(value) -> bool:
+    """Whether a cell holds something that a response can earn."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, str):  # the last two are NuminaMath's
+        return value.strip().lower() not in ("", "nan", "none", "proof", "notfound")
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_answer, value))
+    return value is not None and not isinstance(value, dict | bytes)
+
+
+def _gpqa_choices(question: str, cells: dict) -> tuple[str, list]:
+    """(letter, choices): the right answer's place is a function of the question."""
+    choices = [cells.get(f"incorrect answer {i}") for i in (1, 2, 3)]
+    place = zlib.crc32(question.encode()) % 4
+    choices.insert(place, cells.get("correct answer"))
+    return LETTERS[place], choices
+
+
+def _lettered(answer, choices, where: str) -> tuple[str, list[str]]:
+    """(the right letter, the texts) of a list of choices, or of ARC's {"text": [...], "label":
+    ["A", ...] or ["1", ...]}.
+
+    answer: a label; a number from 0, as in MMLU; or a choice's text. Raises DataError.
+    """
+    labels = LETTERS
+    if isinstance(choices, dict):
+        labels, choices = choices.get("label"), choices.get("text")
+    are_texts = isinstance(choices, list) and all(isinstance(c, str | int | float) for c in choices)
+    if not are_texts or not isinstance(labels, list | str):
+        raise DataError(f"{where}: choices must be a list of texts")
+    if not 2 <= len(choices) <= min(len(labels), len(LETTERS)):
+        raise DataError(f"{where}: {len(choices)} choices for {len(labels)} labels")
+    texts = [str(choice).strip() for choice in choices]
+    labels = [str(label) for label in labels[: len(texts)]]
+    found = _places(answer, labels, texts, isinstance(choices[0], str))
+    if len(found) != 1:
+        problem = "can be read as several" if found else "is none"
+        raise DataError(f"{where}: answer {answer!r} {problem} of the {len(texts)} choices")
+    return LETTERS[found.pop()], texts
+
+
+def _places(answer, labels: list[str], texts: list[str], numbers_count: bool) -> set[int]:
+    """Which choices an answer may mean; numbers_count: a number is a place before it is a text."""
+    word = str(answer).strip()
+    for label in (word, word.strip("(). ").upper()):
+        if label in labels:
+            return {labels.index(label)}
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    if is_number and answer == int(answer):
+        word = str(int(answer))
+    found = {i for i, text in enumerate(texts) if text == word}
+    if word.isdecimal() and int(word) < len(texts):
+        return {int(word)} if is_number and numbers_count else found | {int(word)}
+    return found
 
 
 def prompt_of(problem: Problem, suffix: str | None) -> str:
@@ -258,7 +331,8 @@ def judge(response: str, problem: Problem) -> bool:
 
 def summarise(rows: list[dict], samples: int) -> dict:
     """Of a benchmark's responses: accuracy (mean over samples: avg@k), its 95% interval over
-    problems, pass@k, lengths, truncated, unparsable; by subject and level where there are several.
+    problems, pass@k, lengths, truncated, unparsable; by subject and level where there are several;
+    how many there are not, as the prompt alone is too long for the model.
     """
     by_problem = defaultdict(list)
     for row in rows:
@@ -274,6 +348,8 @@ def summarise(rows: list[dict], samples: int) -> dict:
         "truncated": sum(not row["finished"] for row in rows) / len(rows),
         "unparsable": sum(row["answer"] is None and not row["right"] for row in rows) / len(rows),
     }
+    if too_long := sum(not row["tokens"] for row in rows):
+        summary["too_long"] = too_long
     for k in (2, 4, 8, 16, 32, 64):
         if k <= samples:
             passed = [pass_at_k(len(right), sum(right), k) for right in by_problem.values()]
@@ -298,18 +374,20 @@ def written(folder: Path, model_name: str) -> dict[tuple, dict]:
     """{(id, sample): row} of the responses that a folder holds for a model."""
     rows = {}
     for file in sorted(folder.glob("responses-*.jsonl")):
-        for line in file.read_text().splitlines():
-            if line.endswith("}"):  # a kill may leave half a line
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
                 row = json.loads(line)
-                if row["model"] == model_name:
-                    rows[row["id"], row["sample"]] = row
+            except ValueError:
+                continue  # a kill may leave half a line
+            if row["model"] == model_name:
+                rows[row["id"], row["sample"]] = row
     return rows
 
 
 def append_to(file: Path):
     """The file, open at its end, at the start of a line."""
-    f = open(file, "a")  # noqa: SIM115 - the caller closes it
-    if f.tell() and not file.read_text().endswith("\n"):
+    f = open(file, "a", encoding="utf-8")  # noqa: SIM115 - the caller closes it
+    if f.tell() and not file.read_bytes().endswith(b"\n"):
         f.write("\n")
     return f
 
@@ -319,37 +397,51 @@ def write_rows(f, rows: list[dict]) -> None:
     f.flush()
 
 
+def write_text(file: Path, text: str) -> None:
+    """The whole text or, after a kill or on a full disk, what the file was before."""
+    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+
+
 def generator_of(args: Args, model_name: str, device: torch.device):
     """The model as it generates: bf16 on a GPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return load_weights(model_name, dtype, args.trust_remote_code).to(device).eval()
 
 
-def run_benchmarks(args: Args, names: Sequence[str], model_name: str, world: World) -> dict:
+def positions(config) -> int:
+    """How many tokens a model takes; very many where its configuration names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
+def run_benchmarks(
+    args: Args, problems: dict[str, list[Problem]], model_name: str, world: World
+) -> dict:
     """{benchmark: summary} on rank 0, after sampling, judging and writing what the output folder
     does not hold yet."""
     folder = Path(args.output_dir)
-    problems = {name: load_benchmark(name, args.data, args.limit) for name in names}
     wanted = list(itertools.product(itertools.chain(*problems.values()), range(args.samples)))
     done = written(folder, model_name)
     wait(world)  # no rank writes before all have read
     todo = [(problem, k) for problem, k in wanted if (problem.id, k) not in done]
     todo.sort(key=lambda item: len(item[0].prompt))
-    bar = tqdm(
-        total=len(wanted),
-        initial=len(done),
-        disable=world.rank != 0,
-        desc="/".join(names),
-        unit="response",
-    )
     right, count = sum(row["right"] for row in done.values()), len(done)
-    with append_to(folder / f"responses-{world.rank}.jsonl") as f:
+    with (
+        append_to(folder / f"responses-{world.rank}.jsonl") as f,
+        tqdm(
+            total=len(wanted),
+            initial=len(done),
+            disable=world.rank != 0,
+            desc="/".join(problems),
+            unit="response",
+        ) as bar,
+    ):
         for rows in respond(args, model_name, todo[world.rank :: world.size], world.device):
             write_rows(f, rows)
             right, count = right + sum(row["right"] for row in rows), count + len(rows)
             bar.update(len(rows) * world.size)
             bar.set_postfix(accuracy=f"{right / count:.1%}")
-    bar.close()
     wait(world)
     if world.rank != 0:
         return {}
@@ -361,35 +453,46 @@ def run_benchmarks(args: Args, names: Sequence[str], model_name: str, world: Wor
     return summaries
 
 
+NO_RESPONSE = Sample([], [], False)
+
+
 def respond(
     args: Args, model_name: str, todo: list[tuple[Problem, int]], device: torch.device
 ) -> Iterator[list[dict]]:
-    """Rows of judged responses to (problem, number of the sample), a batch at a time."""
+    """Rows of judged responses to (problem, number of the sample), a batch at a time.
+
+    Where the prompt alone fills the model's positions there is no response, which is wrong.
+    """
     if not todo:
         return
     model = generator_of(args, model_name, device)
     _, tokenizer = load_config(model_name, args.trust_remote_code)
     chat = template(tokenizer)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    context = positions(model.config)
     for at in range(0, len(todo), args.batch_size):
         batch = todo[at : at + args.batch_size]
         texts = [chat.before + prompt_of(p, args.suffix) + chat.after for p, _ in batch]
         prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        room = context - max(map(len, prompts))
-        samples = sample(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=max(1, min(args.max_length, room)),
-            temperature=args.temperature,
-            top_p=args.top_p,
-            stop=chat.stop,
-            batch_size=args.batch_size,
+        responses = [NO_RESPONSE] * len(batch)
+        if fitting := [i for i, prompt in enumerate(prompts) if len(prompt) < context]:
+            room = context - max(len(prompts[i]) for i in fitting)
             # whatever the batch, so that a continued run draws the same
-            seeds=[zlib.crc32(f"{args.seed}/{p.id}/{k}".encode()) for p, k in batch],
-        )
+            names = [f"{args.seed}/{batch[i][0].id}/{batch[i][1]}" for i in fitting]
+            samples = sample(
+                model,
+                tokenizer,
+                [prompts[i] for i in fitting],
+                max_new_tokens=min(args.max_length, room),
+                temperature=args.temperature,
+                top_p=args.top_p,
+                stop=chat.stop,
+                batch_size=args.batch_size,
+                seeds=[zlib.crc32(name.encode()) for name in names],
+            )
+            for i, response in zip(fitting, samples, strict=True):
+                responses[i] = response
         rows = []
-        for (problem, k), response in zip(batch, samples, strict=True):
+        for (problem, k), response in zip(batch, responses, strict=True):
             text = tokenizer.decode(response.answer)
             row = {
                 "model": model_name,
@@ -436,7 +539,11 @@ def run_games(args: Args, name: str, model_name: str, world: World) -> dict:
     wait(world)  # no rank writes before all have read
     todo = []
     for test in tests:
-        missing = [i for i in seeds if (f"{test.id}/{i}", args.samples - 1) not in done]
+        missing = []
+        for seed in seeds:
+            played = [(f"{test.id}/{seed}", k) in done for k in range(args.samples)]
+            if not all(played):
+                missing.append(seed)
         todo.append((test, missing[world.rank :: world.size]))
     with append_to(folder / f"responses-{world.rank}.jsonl") as f:
         for rows in play_episodes(args, model_name, todo, world):
@@ -455,27 +562,37 @@ def run_games(args: Args, name: str, model_name: str, world: World) -> dict:
 def play_episodes(
     args: Args, model_name: str, todo: list[tuple[GameTest, list[int]]], world: World
 ) -> Iterator[list[dict]]:
-    """Rows of the episodes of (test set, seeds), args.samples to a seed, a batch at a time."""
+    """Rows of the episodes of (test set, seeds), args.samples to a seed, a batch at a time.
+
+    Raises ModelError where an episode needs more positions than the model has.
+    """
     if not any(seeds for _, seeds in todo):
         return
     _, tokenizer, processor = load_readers(model_name, args.vision, args.trust_remote_code)
     model = generator_of(args, model_name, world.device)
+    context = positions(model.config)
     size = max(1, args.batch_size // args.samples)
     for test, seeds in todo:
         for at in tqdm(range(0, len(seeds), size), desc=test.label, disable=world.rank != 0):
             batch = seeds[at : at + size]
-            groups = play(
-                model,
-                tokenizer,
-                test.game,
-                batch,
-                args.samples,
-                f"{args.seed}/{test.label}",
-                args.max_length,
-                args.batch_size,
-                args.temperature,
-                processor=processor,
-            )
+            try:
+                groups = play(
+                    model,
+                    tokenizer,
+                    test.game,
+                    batch,
+                    args.samples,
+                    f"{args.seed}/{test.label}",
+                    min(args.max_length, context),
+                    args.batch_size,
+                    args.temperature,
+                    processor=processor,
+                )
+            except IndexError:  # of a table of positions: prompts grow from turn to turn
+                raise ModelError(
+                    f"{test.label}: an episode needs more than the {context} positions of "
+                    f"{model_name}: lower --max-length, or --compact"
+                ) from None
             rows = []
             for seed, group in zip(batch, groups, strict=True):
                 for k, trajectory in enumerate(group):
@@ -512,38 +629,15 @@ def summarise_episodes(rows: list[dict], args: Args) -> dict:
 CURVE = (0, 1, 2, 5, 10, 20, 50, 100, 200)  # adaptation steps at which the test loss is taken
 
 
-def few_shot(args: Args, model_name: str, world: World) -> list[dict]:
-    """A row for each (task, n, seed), the same on all ranks: test loss after adaptation, its curve
-    over the steps, which problems are solved."""
-    _, tokenizer = load_config(model_name, args.trust_remote_code)
-    tasks, tokens = study_tasks(args, tokenizer, world)
-    model = study_model(args, model_name).to(world.device)
-    saved = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    units = []
-    for task, n in itertools.product(tasks, sorted(args.few_shot)):
-        units += [(task, n, seed) for seed in range(args.seeds if n else 1)]
-    mine = units[world.rank :: world.size]
-    title = "few-shot " + "/".join(Path(model_name).parts[-2:])
-    rows = []
-    for task, n, seed in tqdm(mine, disable=world.rank != 0, desc=title):
-        test = task.test[: args.limit or None]
-        test_tokens = [tokens[e.id] for e in test]
-        shots = [tokens[e.id] for e in draw_shots(args, task, seed)[:n]]
-        curve = {}
-        for step in adapt(args, model, shots, tokenizer.pad_token_id, seed):
-            if step in CURVE or step == args.adapt_steps:
-                curve[step] = test_loss(model, test_tokens, tokenizer.pad_token_id)
-        texts = greedy_answers(args, model, tokenizer, test_tokens)
-        right = [grade(text, e.answer) for text, e in zip(texts, test, strict=True)]
-        row = {"model": model_name, "task": task.name, "shots": n, "seed": seed}
-        row |= {"loss": curve[max(curve)], "curve": curve, "right": right}
-        rows.append(row)
-        restore(model, saved)
-    return of_all_ranks(rows, world)
+class Study(NamedTuple):
+    """Tasks of rows that fit into all models, and each model's {example.id: tokens}."""
+
+    tasks: list[Task]
+    tokens: dict[str, dict[str, Encoded]]
 
 
-def study_tasks(args: Args, tokenizer, world: World) -> tuple[list[Task], dict[str, Encoded]]:
-    """(the tasks of the study, {example.id: its tokens}). Raises DataError."""
+def load_study(args: Args, readers: dict[str, tuple], world: World) -> Study:
+    """readers: {model: (config, tokenizer)}. Raises DataError."""
     tasks = load_tasks(args.data or "embedded", task_column=args.task_column, seed=args.seed)
     if args.tasks:
         if unknown := set(args.tasks) - {task.name for task in tasks}:
@@ -552,25 +646,74 @@ def study_tasks(args: Args, tokenizer, world: World) -> tuple[list[Task], dict[s
                 f"--tasks {', '.join(sorted(unknown))}: no such task; there are {there}"
             )
         tasks = [task for task in tasks if task.name in args.tasks]
-    _, chosen, tokens, report = episode_tasks(
-        tokenizer,
-        tasks,
-        max_length=2048,
-        steps=1,
-        support=max(args.few_shot),
-        query=0,
-        evaluated=0,
+    tasks = [task for task in tasks if task.heldout] or tasks
+    rows = []
+    for task in tasks:
+        rows += task.support + task.test
+    tokens, lengths = {}, set()
+    for model_name, (config, tokenizer) in readers.items():
+        # Batches are padded to multiples of 32 tokens, which must fit as well
+        length = min(2048, positions(config) // 32 * 32)
+        tokens[model_name], _ = encode(tokenizer, rows, length)
+        lengths.add(length)
+    fitting = set.intersection(*(set(encoded) for encoded in tokens.values()))
+    dropped, longest, shots = len(rows) - len(fitting), min(lengths), max(args.few_shot)
+    chosen = []
+    for task in tasks:
+        support = [e for e in task.support if e.id in fitting]
+        test = [e for e in task.test if e.id in fitting]
+        if len(support) < shots or not test:
+            raise DataError(
+                f"task {task.name} has {len(support)} support and {len(test)} test rows of at most "
+                f"{longest} tokens; --few-shot {shots} needs {shots} and 1"
+            )
+        chosen.append(replace(task, support=support, test=evenly(test, args.limit)))
+    world.say(
+        f"few-shot study: {len(chosen)} tasks, {len(fitting)} sequences; {dropped} over {longest} "
+        "tokens left out"
     )
-    world.say(report)
-    return chosen, tokens
+    return Study(chosen, tokens)
+
+
+def few_shot(args: Args, study: Study, model_name: str, world: World) -> list[dict]:
+    """A row for each (task, n, seed), the same on all ranks: test loss after adaptation, its curve
+    over the steps, which problems are solved."""
+    tokens = study.tokens[model_name]
+    _, tokenizer = load_config(model_name, args.trust_remote_code)
+    model = study_model(args, model_name).to(world.device)
+    saved = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    units = []
+    for task, n in itertools.product(study.tasks, sorted(set(args.few_shot))):
+        units += [(task, n, seed) for seed in range(args.seeds if n else 1)]
+    mine = units[world.rank :: world.size]
+    title = "few-shot " + "/".join(Path(model_name).parts[-2:])
+    rows = []
+    for task, n, seed in tqdm(mine, disable=world.rank != 0, desc=title):
+        test_tokens = [tokens[e.id] for e in task.test]
+        shots = [tokens[e.id] for e in draw_shots(args, task, seed)[:n]]
+        curve = {}
+        for step in adapt(args, model, shots, tokenizer.pad_token_id, seed):
+            if step in CURVE or step == args.adapt_steps:
+                curve[step] = test_loss(model, test_tokens, tokenizer.pad_token_id)
+        texts = greedy_answers(args, model, tokenizer, test_tokens)
+        right = [is_right(text, e) for text, e in zip(texts, task.test, strict=True)]
+        row = {"model": model_name, "task": task.name, "shots": n, "seed": seed}
+        row |= {"loss": curve[max(curve)], "curve": curve, "right": right}
+        rows.append(row)
+        restore(model, saved)
+    return of_all_ranks(rows, world)
 
 
 def study_model(args: Args, model_name: str):
+    """In fp32, with --adapter inside. Raises ModelError."""
     model = load_weights(model_name, trust_remote_code=args.trust_remote_code)
     if args.adapter:
         import peft
 
-        model = peft.PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
+        try:
+            model = peft.PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
+        except Exception as e:  # many kinds: no such folder, other layers, cut files
+            raise ModelError(f"cannot load the adapter {args.adapter}: {first_line(e)}") from None
     return model
 
 
@@ -626,11 +769,13 @@ def test_loss(model, rows: list[Encoded], pad_id: int) -> float:
 
 def greedy_answers(args: Args, model, tokenizer, rows: list[Encoded]) -> list[str]:
     model.eval()
+    prompts = [row.ids[: row.prompt_length] for row in rows]
+    room = positions(model.config) - max(map(len, prompts))
     answers = sample(
         model,
         tokenizer,
-        [row.ids[: row.prompt_length] for row in rows],
-        max_new_tokens=args.max_length,
+        prompts,
+        max_new_tokens=min(args.max_length, room),
         temperature=0,
         stop=template(tokenizer).stop,
     )
@@ -736,7 +881,7 @@ def benchmark_lines(results: dict[str, dict]) -> list[str]:
         "| truncated | unparsable |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    rates = []
+    notes = []
     for model_name, summaries in results.items():
         for name, r in summaries.items():
             low, high = r["interval"]
@@ -747,11 +892,16 @@ def benchmark_lines(results: dict[str, dict]) -> list[str]:
                 f"| {', '.join(f'{k}: {value:.1%}' for k, value in passed) or '-'} "
                 f"| {r['mean_tokens']:.0f} | {r['truncated']:.1%} | {r['unparsable']:.1%} |"
             )
+            if "too_long" in r:
+                notes.append(
+                    f"\n{model_name}, {name}: {r['too_long']} responses count as wrong, as the "
+                    "prompt alone fills the model's positions"
+                )
             if "step_accuracy" in r:
                 names = [k for k in ("step_accuracy", "reward", "recognition") if k in r]
                 numbers = ", ".join(f"{k.replace('_', ' ')} {r[k]:.3f}" for k in names)
-                rates.append(f"\n{model_name}, {name}: {numbers}")
-    return lines + rates
+                notes.append(f"\n{model_name}, {name}: {numbers}")
+    return lines + notes
 
 
 def few_shot_lines(summary: list[dict], pairs: list[dict]) -> list[str]:
@@ -798,13 +948,23 @@ NUMBERS = {
 def check(args: Args) -> list[str]:
     """The benchmarks' names. Raises DataError for arguments that cannot work."""
     check_numbers(args, NUMBERS)
-    if not args.model:
-        raise DataError("--model: name at least one")
+    for flag in ("model", "benchmark"):
+        if not getattr(args, flag):
+            raise DataError(f"--{flag}: name at least one")
+    if not args.output_dir:
+        raise DataError("--output-dir must name a folder")
+    if 0 < args.temperature < 0.01:
+        raise DataError("--temperature is 0 (greedy) or at least 0.01")
     if args.temperature == 0 and args.samples > 1:
         raise DataError("--samples above 1 needs a --temperature above 0")
     if args.adapt_optimizer not in ("adam", "sgd"):
         raise DataError("--adapt-optimizer is adam or sgd")
-    names = list(itertools.chain(*(GROUPS.get(name, (name,)) for name in args.benchmark)))
+    if args.adapter and not args.few_shot:
+        raise DataError("--adapter is for the few-shot study: give --few-shot as well")
+    if args.adapter and importlib.util.find_spec("peft") is None:
+        raise DataError("--adapter needs the package: pip install peft")
+    names = itertools.chain(*(GROUPS.get(name, (name,)) for name in args.benchmark))
+    names = list(dict.fromkeys(names))
     if args.data and not args.few_shot and ("embedded" in names or len(names) > 1):
         raise DataError(
             "--data is the file of one benchmark: name it with --benchmark "
@@ -821,58 +981,105 @@ def check(args: Args) -> list[str]:
     return names
 
 
-def claim_folder(args: Args, world: World) -> dict:
-    """Makes the output folder; returns the settings that its results are of.
+def claim_folder(args: Args, world: World) -> str:
+    """Makes the output folder, with the settings that its results are of in args.json.
 
-    Raises DataError where it holds results of others.
+    The same on all ranks. Raises DataError where it holds results of other settings.
     """
-    folder = Path(args.output_dir)
-    free = ("output_dir", "batch_size", "check_overlap")  # these change no result
-    settings = {name: value for name, value in asdict(args).items() if name not in free}
-    settings = json.loads(json.dumps(settings))
-    file = folder / "args.json"
-    if file.exists():
-        old = json.loads(file.read_text())
-        if changed := [name for name in settings if old.get(name) != settings[name]]:
+    answer: list = [None]
+    if world.rank == 0:
+        try:
+            answer[0] = _claim_folder(args)
+        except (DataError, OSError) as e:
+            answer[0] = DataError(str(e))
+    if world.size > 1:
+        dist.broadcast_object_list(answer, 0)
+    if isinstance(answer[0], DataError):
+        raise answer[0]
+    return answer[0]
+
+
+def _claim_folder(args: Args) -> str:
+    folder, number = Path(args.output_dir).expanduser(), 2
+    settings = settings_of(args)
+    while changed := changed_settings(folder, settings):
+        if args.output_dir != Args.output_dir:
             raise DataError(
                 f"{folder} holds results of other settings ({', '.join(changed)}): "
                 "choose another --output-dir"
             )
-    wait(world)
+        folder, number = Path(f"{args.output_dir}-{number}"), number + 1
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings))
-    return settings
+    try:
+        write_text(folder / "args.json", json.dumps(settings))
+    except OSError:
+        leave_nothing_empty(folder)
+        raise
+    return str(folder)
 
 
-def warn_of_overlap(args: Args, names: list[str]) -> None:
-    """A line where --check-overlap, a training file, shares problems with the benchmarks."""
-    seen = set()
-    for row in read_rows(Path(args.check_overlap)):
-        text = row.get("problem") or row.get("prompt") or row.get("question") or ""
-        seen.add(_without_spacing(str(text)))
-    problems = []
-    for name in names:
-        if name not in GAMES:
-            problems += load_benchmark(name, args.data, args.limit)
+def settings_of(args: Args) -> dict:
+    """What results depend on, as JSON gives it back."""
+    free = ("output_dir", "batch_size", "check_overlap")
+    settings = {name: value for name, value in asdict(args).items() if name not in free}
+    return json.loads(json.dumps(settings))
+
+
+def changed_settings(folder: Path, settings: dict) -> list[str]:
+    """The names of the settings in which the results of a folder are others'."""
+    try:
+        old = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        return [name for name in settings if old.get(name) != settings[name]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, AttributeError):
+        return ["a damaged args.json"]
+
+
+def leave_nothing_empty(folder: Path) -> None:
+    """Takes a folder back that was made for results and holds none."""
+    responses = list(folder.glob("responses-*.jsonl"))
+    if (folder / "results.json").exists() or any(file.stat().st_size for file in responses):
+        return
+    for file in [*responses, *folder.glob("args.json*"), *folder.glob("results.*.tmp")]:
+        file.unlink()
+    with suppress(OSError):  # there may be other things in it
+        folder.rmdir()
+
+
+def warn_of_overlap(path: str, problems: Sequence[Problem], world: World) -> None:
+    """A line where a training file shares problems with the benchmarks. Raises DataError."""
+    seen = {_without_spacing(_question(row)) for row in read_rows(Path(path))}
+    if not any(seen):
+        raise DataError(f"--check-overlap {path}: no column problem, prompt or question with text")
     if found := [p.id for p in problems if _without_spacing(p.prompt) in seen]:
-        print(
-            f"warning: {args.check_overlap} contains {len(found)} of the {len(problems)} problems "
-            f"({', '.join(found[:3])} ...): the accuracy below is not held out",
-            flush=True,
+        world.say(
+            f"warning: {path} contains {len(found)} of the {len(problems)} problems "
+            f"({', '.join(found[:3])} ...): the accuracy below is not held out"
         )
+
+
+def _question(row: dict) -> str:
+    """The problem's text in a row of a training file of any form; "" where there is none."""
+    columns = find_columns(row)
+    text = cell_of(row, columns.prompt) if columns.prompt else ""
+    if columns.response and (texts := texts_of(row, columns)):
+        text = texts[0]
+    return text if isinstance(text, str) else ""
 
 
 def _without_spacing(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def measure_benchmarks(args: Args, names: list[str], world: World) -> dict[str, dict]:
-    """{model: {benchmark: summary}} on rank 0."""
-    plain = [name for name in names if name not in GAMES]
+def measure_benchmarks(
+    args: Args, names: list[str], problems: dict[str, list[Problem]], world: World
+) -> dict[str, dict]:
+    """{model: {benchmark: summary}} on rank 0. problems: of the benchmarks that are no games."""
     results = {model_name: {} for model_name in args.model}
-    if plain:
+    if problems:
         for model_name in args.model:
-            results[model_name] |= run_benchmarks(args, plain, model_name, world)
+            results[model_name] |= run_benchmarks(args, problems, model_name, world)
     for model_name in args.model:
         for name in names:
             if name in GAMES:
@@ -880,41 +1087,89 @@ def measure_benchmarks(args: Args, names: list[str], world: World) -> dict[str, 
     return results
 
 
+def load_problems(args: Args, names: list[str], world: World) -> dict[str, list[Problem]]:
+    """Of the benchmarks that are no games. Raises DataError, also for a game's routes."""
+    problems = {}
+    for name in names:
+        if name in GAMES:
+            game_tests(args, name)
+        else:
+            problems[name] = load_benchmark(name, args.data, args.limit)
+    if args.check_overlap:
+        warn_of_overlap(args.check_overlap, list(itertools.chain(*problems.values())), world)
+    return problems
+
+
+def measure_few_shot(args: Args, study: Study, world: World) -> tuple[dict, list[str]]:
+    """(what results.json says, the lines of results.md)."""
+    rows = []
+    for model_name in args.model:
+        rows += few_shot(args, study, model_name, world)
+    summary, pairs = compare_few_shot(rows, args.model)
+    report = {"few_shot": rows, "summary": summary, "pairs": pairs}
+    return report, few_shot_lines(summary, pairs)
+
+
 def main(args: Args) -> int:
     names = check(args)
+    readers = {}
     for model_name in args.model:
-        load_readers(model_name, args.vision, args.trust_remote_code)
+        config, tokenizer, _ = load_readers(model_name, args.vision, args.trust_remote_code)
+        template(tokenizer)  # raises where there is none
+        readers[model_name] = (config, tokenizer)
     world = ranks()
-    report = {"args": claim_folder(args, world)}
     if args.few_shot:
-        rows = []
-        for model_name in args.model:
-            rows += few_shot(args, model_name, world)
-        summary, pairs = compare_few_shot(rows, args.model)
-        report |= {"few_shot": rows, "summary": summary, "pairs": pairs}
-        lines = few_shot_lines(summary, pairs)
+        study = load_study(args, readers, world)
     else:
-        if args.check_overlap and world.rank == 0:
-            warn_of_overlap(args, names)
-        report["benchmarks"] = measure_benchmarks(args, names, world)
-        lines = benchmark_lines(report["benchmarks"])
-    if world.rank == 0:
-        folder = Path(args.output_dir)
-        (folder / "results.json").write_text(json.dumps(report))
-        (folder / "results.md").write_text("\n".join(lines) + "\n")
-        print("\n".join(lines) + f"\n\n{folder / 'results.json'}")
+        problems = load_problems(args, names, world)
+    # Nothing is written before this line, so that a call that cannot work leaves nothing
+    folder = Path(claim_folder(args, world))
+    args = replace(args, output_dir=str(folder))
+    try:
+        report = {"args": settings_of(args)}
+        if args.few_shot:
+            results, lines = measure_few_shot(args, study, world)
+            report |= results
+        else:
+            report["benchmarks"] = measure_benchmarks(args, names, problems, world)
+            lines = benchmark_lines(report["benchmarks"])
+        if world.rank == 0:
+            write_text(folder / "results.json", json.dumps(report))
+            write_text(folder / "results.md", "\n".join(lines) + "\n")
+    finally:
+        if world.rank == 0:
+            leave_nothing_empty(folder)
+    world.say("\n".join(lines) + f"\n\n{folder / 'results.json'}")
     return 0
 
 
 def cli() -> int:
     import tyro
 
-    args = tyro.cli(Args)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 has no plus-minus sign
+    rank = int(os.environ.get("RANK", 0))
     try:
+        args = tyro.cli(Args)
         return main(args)
     except (DataError, ModelError, OSError) as e:
-        print(f"eval.py: {e}", file=sys.stderr)
+        if rank != 0:
+            time.sleep(5)  # torchrun ends all ranks when one fails: let rank 0 speak first
+        advice = ""
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            advice = "; responses so far are kept: make room and give the same command again"
+        print(f"eval.py: {e}{advice}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(
+                "eval.py: interrupted; responses so far are kept (a few-shot study starts anew): "
+                "to go on, give the same command again",
+                file=sys.stderr,
+                flush=True,
+            )
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -54,9 +54,19 @@ from data import (
     response_tokens,
     sample_episode,
 )
-from measure import adaptation, adaptation_lines, average, results_table, step_metrics
+from measure import (
+    adaptation,
+    adaptation_lines,
+    average,
+    results_table,
+    rows_to_answer,
+    rows_to_score,
+    step_metrics,
+)
 from model import (
     World,
+    activation_bytes,
+    cache_bytes,
     check_positions,
     each_gradient,
     flat_like,
@@ -66,13 +76,22 @@ from model import (
     load_config,
     load_weights,
     local,
+    logit_bytes,
     materialize,
+    parameter_count,
     set_gradients,
     skeleton,
     token_loss,
     trained_parameters,
 )
-from run import ModelCheckpoint, Run, check_space, rate_warnings, start
+from run import (
+    ModelCheckpoint,
+    Needs,
+    Run,
+    check_space,
+    rate_warnings,
+    start,
+)
 
 
 @dataclass
@@ -447,21 +466,49 @@ def examine(args: Args, world: World) -> list[str]:
     config, _, tasks, test_tasks, tokens = prepare(args, world)
     rows = args.tasks_per_step * (args.inner_steps * args.support_batch + args.query_batch)
     world.say(describe_tasks(tasks, test_tasks, tokens, rows))
-    buffers = 5
-    if args.inner_optimizer == "adam":
-        buffers += 2
-    if args.micro_batch > 0 or args.inner_clip > 0:
-        buffers += 1
-    rows_at_once = args.micro_batch or max(args.support_batch, args.query_batch) // world.shards
+    return check_space(world, needs(args, config, world, tokens), args.output_dir, kept(args))
+
+
+def kept(args: Args) -> int:
+    """Checkpoints on disk at most, the one that is being written included."""
+    return min(args.keep, -(-args.steps // args.save_every)) + 1
+
+
+def needs(args: Args, config, world: World, tokens: dict) -> Needs:
+    """Bytes on each rank: five parameter-sized fp32 buffers, and what a batch takes."""
+    n, cuda = parameter_count(config, args.trust_remote_code), world.device.type == "cuda"
+    width, shard = 2 if cuda else 4, 4 * n / world.shards
     longest = max(len(row.ids) for row in tokens.values())
-    return check_space(
-        config,
-        world,
-        buffers=buffers,
-        batch_tokens=rows_at_once * longest,
-        checkpointing=args.activation_checkpointing,
-        output_dir=args.output_dir,
-        kept=min(args.keep, -(-args.steps // args.save_every)) + 1,
+    rows = args.micro_batch or max(args.support_batch, args.query_batch) // world.shards
+    weights = {"weights": shard, "Adam": 2 * shard}
+    if args.inner_optimizer == "adam":
+        weights["inner Adam"] = 2 * shard
+    if args.micro_batch > 0 or args.inner_clip > 0:
+        weights["gradients"] = shard
+    copies = {"theta and accumulator": 2 * shard}
+    device, host = weights | copies, {}
+    if cuda and args.cpu_offload:
+        device, host = {}, device
+    elif cuda and args.offload_theta:
+        device, host = weights | {"gradients": shard}, copies
+    if cuda and world.rank == 0:
+        host["weights while loading"] = 4 * n
+    checkpointing = args.activation_checkpointing
+    answer = longest + args.eval_max_new_tokens
+    answers = rows_to_answer(config, answer, width) * answer if args.eval_max_new_tokens else 0
+    return Needs(
+        device,
+        host,
+        training={
+            "activations": activation_bytes(config, rows * longest, width, checkpointing),
+            "logits": logit_bytes(config, rows * longest, width),
+        },
+        evaluation={
+            "gathered weights": width * n if cuda or world.shards > 1 else 0,
+            "cache": cache_bytes(config, answers, width),
+            "logits": logit_bytes(config, rows_to_score(config, longest) * longest, width),
+        },
+        disk=(12 + width) * n,
     )
 
 

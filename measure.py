@@ -10,11 +10,21 @@ import torch
 import torch.distributed as dist
 
 from data import Encoded, Example, Task, collate, draw_support, is_right, template
-from model import World, gathered, token_loss
+from model import World, cache_bytes, gathered, token_loss
 from policy import never, sample
 
 # --------------------------------------------------------------------------------------------------
 # Adaptation to tasks
+
+
+def rows_to_score(config, length: int) -> int:
+    """Rows in one forward without gradient: 16, or fewer where their logits pass 2^29 numbers."""
+    return max(1, min(16, 2**29 // (length * config.get_text_config().vocab_size)))
+
+
+def rows_to_answer(config, length: int, width: int) -> int:
+    """Rows that are sampled together: 128, or fewer where keys and values pass 8 GB."""
+    return max(1, int(min(128, 2**33 // cache_bytes(config, length, width))))
 
 
 @torch.no_grad()
@@ -39,16 +49,19 @@ def score(
     with gathered(model):
         for i, rows in by_task.items():
             rows = sorted(rows, key=lambda row: len(row.ids))
-            for at in range(0, len(rows), 16):
+            size = rows_to_score(model.config, len(rows[-1].ids))
+            for at in range(0, len(rows), size):
                 if interrupted():
                     return
-                batch = collate(rows[at : at + 16], tokenizer.pad_token_id)
+                batch = collate(rows[at : at + size], tokenizer.pad_token_id)
                 batch = {name: x.to(sums.device) for name, x in batch.items()}
                 sums[i, 0] += token_loss(model, batch).double()
         if max_new_tokens and items:
             rows = [tokens[example.id] for _, example in items]
             prompts = [row.ids[: row.prompt_length] for row in rows]
             stop = template(tokenizer).stop
+            longest = max(map(len, prompts)) + max_new_tokens
+            width = next(model.parameters()).element_size()
             answers = sample(
                 model,
                 tokenizer,
@@ -56,6 +69,7 @@ def score(
                 max_new_tokens=max_new_tokens,
                 temperature=0,
                 stop=stop,
+                batch_size=rows_to_answer(model.config, longest, width),
                 interrupted=interrupted,
             )
             texts = tokenizer.batch_decode([a.answer for a in answers])

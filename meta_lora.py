@@ -51,21 +51,39 @@ from data import (
     sample_episode,
 )
 from lora import AdapterCheckpoint, Adapters, linear_layers, write_merged
-from measure import adaptation, adaptation_lines, average, results_table, step_metrics
+from measure import (
+    adaptation,
+    adaptation_lines,
+    average,
+    results_table,
+    rows_to_answer,
+    rows_to_score,
+    step_metrics,
+)
 from model import (
     World,
+    activation_bytes,
+    cache_bytes,
     check_positions,
     layers_to_shard,
     learning_rate,
     load_config,
     load_weights,
+    logit_bytes,
     materialize,
+    parameter_count,
     resolve,
     set_gradients,
     skeleton,
     token_losses,
 )
-from run import Run, check_space, rate_warnings, start
+from run import (
+    Needs,
+    Run,
+    check_space,
+    rate_warnings,
+    start,
+)
 
 
 @dataclass
@@ -425,17 +443,32 @@ def examine(args: Args, world: World) -> list[str]:
     config, _, tasks, test_tasks, tokens = prepare(args, world)
     rows = args.tasks_per_step * (args.inner_steps * args.support_batch + args.query_batch)
     world.say(describe_tasks(tasks, test_tasks, tokens, rows))
+    return check_space(world, needs(args, config, world, tokens), args.output_dir, int(args.merge))
+
+
+def needs(args: Args, config, world: World, tokens: dict) -> Needs:
+    """Bytes on each rank: the frozen base, and what the batch of all its tasks takes."""
+    n, cuda = parameter_count(config, args.trust_remote_code), world.device.type == "cuda"
+    width = 2 if cuda else 4
     longest = max(len(row.ids) for row in tokens.values())
     tasks_at_once = args.tasks_per_forward or args.tasks_per_step // world.size
-    rows_at_once = tasks_at_once * max(args.support_batch, args.query_batch)
-    return check_space(
-        config,
-        world,
-        buffers=0.5 if world.device.type == "cuda" else 1,
-        batch_tokens=rows_at_once * longest,
-        checkpointing=args.activation_checkpointing,
-        output_dir=args.output_dir,
-        kept=int(args.merge),
+    at_once = tasks_at_once * max(args.support_batch, args.query_batch) * longest
+    checkpointing = args.activation_checkpointing
+    answer = longest + args.eval_max_new_tokens
+    answers = rows_to_answer(config, answer, width) * answer if args.eval_max_new_tokens else 0
+    return Needs(
+        device={"weights": width * n / world.size},
+        host={"weights while loading": width * n} if cuda and world.rank == 0 else {},
+        training={
+            "activations": activation_bytes(config, at_once, width, checkpointing, adapters=True),
+            "logits": logit_bytes(config, at_once, width),
+        },
+        evaluation={
+            "gathered weights": width * n if world.size > 1 else 0,
+            "cache": cache_bytes(config, answers, width),
+            "logits": logit_bytes(config, rows_to_score(config, longest) * longest, width),
+        },
+        disk=width * n,
     )
 
 

@@ -14,10 +14,12 @@ values are faint, smoothed ones strong. Dashed, with open points, is before adap
 
 import itertools
 import json
+import signal
 import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tyro
+from matplotlib.backend_bases import FigureCanvasBase
 
 # Okabe and Ito: can be told apart by the colour-blind
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -85,15 +88,28 @@ Series = list[tuple[float, float]]  # points (x, y)
 # Reading
 
 
+class PlotError(ValueError):
+    """The folders cannot be drawn; the message is one line for the user."""
+
+
 def read(folder: Path, name: str) -> list[dict]:
-    """Rows of a .jsonl file; none where there is no file. A kill may leave half a line."""
-    file = Path(folder) / name
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """Rows of a .jsonl file; none where there is no file."""
+    file, rows = Path(folder) / name, []
+    if not file.exists():
+        return rows
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):  # a kill may leave half a line
+            rows.append(json.loads(line))
+    return rows
 
 
 def results(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
+    """What eval.py has measured. Raises PlotError."""
+    file = folder / "results.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise PlotError(f"cannot read {file}: it is damaged") from None
 
 
 def seedless_args(run: Path) -> str:
@@ -101,7 +117,10 @@ def seedless_args(run: Path) -> str:
     file = run / "args.json"
     if not file.exists():
         return str(run)
-    args = json.loads(file.read_text()).get("args", {})
+    try:
+        args = json.loads(file.read_text(encoding="utf-8"))["args"]
+    except (ValueError, KeyError, TypeError):
+        return str(run)
     free = ("seed", "output_dir", "resume")
     return json.dumps({k: v for k, v in args.items() if k not in free}, sort_keys=True)
 
@@ -460,7 +479,10 @@ def draw_benchmarks(summaries: dict[str, dict], axis) -> None:
 
 
 def figure(folders: Sequence[Path], out: Path, labels: Sequence[str] = ()) -> None:
-    """All panels that the folders give, in rows of two or three: for the width of a page."""
+    """All panels that the folders give, in rows of two or three: for the width of a page.
+
+    Raises PlotError.
+    """
     folders = [Path(f) for f in folders]
     names = dict(zip(folders, labels, strict=False))
     panels, run_labels = [], []
@@ -475,6 +497,8 @@ def figure(folders: Sequence[Path], out: Path, labels: Sequence[str] = ()) -> No
     for key, make in (("few_shot", few_shot_panels), ("benchmarks", benchmark_panels)):
         if chosen := [report for report in reports if key in report]:
             panels += make(chosen)
+    if not panels:
+        raise PlotError(f"nothing to draw in {', '.join(map(str, folders))}")
     with plt.rc_context(STYLE):
         draw_panels(panels, run_labels, out)
 
@@ -512,22 +536,46 @@ class Args:
     """A name for each folder (default: the folder's)."""
 
 
-def main(args: Args) -> int:
+def check(args: Args) -> None:
+    """Raises PlotError for arguments that cannot work."""
     if not args.runs:
-        print("plots.py: name at least one run or evaluation folder", file=sys.stderr)
-        return 2
+        raise PlotError("name at least one run or evaluation folder")
+    if len(args.labels) > len(args.runs):
+        raise PlotError(f"--labels: {len(args.labels)} names for {len(args.runs)} folders")
+    endings = sorted(FigureCanvasBase.get_supported_filetypes())
+    if args.out.suffix.removeprefix(".").lower() not in endings:
+        raise PlotError(f"--out {args.out}: the ending must be one of {', '.join(endings)}")
     missing = []
     for folder in args.runs:
         if not read(folder, "metrics.jsonl") and not (folder / "results.json").exists():
             missing.append(str(folder))
     if missing:
-        found = f"neither metrics.jsonl nor results.json in {', '.join(missing)}"
-        print(f"plots.py: {found}", file=sys.stderr)
-        return 2
-    figure(args.runs, args.out, args.labels)
+        raise PlotError(f"neither metrics.jsonl nor results.json in {', '.join(missing)}")
+
+
+def main(args: Args) -> int:
+    check(args)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        figure(args.runs, args.out, args.labels)
+    except (PlotError, OSError):
+        raise
+    except Exception as e:  # whatever rows of other programs or edited ones lead to
+        reason = f"{type(e).__name__}: {str(e)[:100]}"
+        raise PlotError(f"cannot draw {', '.join(map(str, args.runs))}: {reason}") from e
     print(args.out)
     return 0
 
 
+def cli() -> int:
+    try:
+        return main(tyro.cli(Args))
+    except (PlotError, OSError) as e:
+        print(f"plots.py: {e}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    for number in (signal.SIGINT, signal.SIGPIPE):  # end without a traceback
+        signal.signal(number, signal.SIG_DFL)
+    sys.exit(cli())

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +28,6 @@ from model import (
     World,
     first_line,
     full_weights,
-    parameter_count,
     save_pretrained,
     setup,
 )
@@ -543,52 +542,75 @@ def check_ranks(world: World) -> list[str]:
     return [] if works else ["the all-reduce gave a wrong sum"]
 
 
-def check_space(
-    config,
-    world: World,
-    *,
-    buffers: float,
-    batch_tokens: int,
-    checkpointing: bool,
-    output_dir: str,
-    kept: int,
-) -> list[str]:
-    """Estimates memory per rank and disk for `kept` checkpoints; returns what is not enough.
+@dataclass
+class Needs:
+    """Bytes that a run needs at once on each rank, by what they are for.
 
-    Memory: parameter-sized fp32 buffers, activations and logits of batch_tokens. A rough rule: 34
-    activations of the hidden size per layer.
+    device: on the GPU (without one: in memory). host: in the memory beside a GPU. training and
+    evaluation come in turn, the rest is always there. disk: of one checkpoint.
     """
-    text, cuda = config.get_text_config(), world.device.type == "cuda"
-    n, width = parameter_count(config), 2 if cuda else 4
-    held = buffers * 4 * n / world.shards
-    per_layer = 2 if checkpointing else 34
-    activations = batch_tokens * text.hidden_size * text.num_hidden_layers * width * per_layer
-    logits = batch_tokens * text.vocab_size * (2 * width + 8)
-    need = held + activations + logits
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    on_this_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    have = torch.cuda.mem_get_info()[0] if cuda else pages / on_this_host
+
+    device: dict[str, float]
+    host: dict[str, float]
+    training: dict[str, float]
+    evaluation: dict[str, float]
+    disk: float
+
+
+def check_space(
+    world: World, needs: Needs, output_dir: str, kept: int, have: dict | None = None
+) -> list[str]:
+    """Compares what a run needs with what is there; returns what is not enough.
+
+    have: bytes {"device", "host", "disk"}, for tests; by default this machine's.
+    """
+    have = have or _space(world, output_dir)
+    by_phase = {"training": needs.training, "evaluation": needs.evaluation}
+    phase = max(by_phase, key=lambda name: sum(by_phase[name].values()))
+    device = needs.device | by_phase[phase]
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in device.items())
+    need = sum(device.values())
     world.say(
-        f"{n / 1e6:.1f}M parameters; memory per rank about {need / 1e9:.2f} GB ({buffers} buffers "
-        f"{held / 1e9:.2f}, activations {activations / 1e9:.2f}, logits {logits / 1e9:.2f}) "
-        f"of {have / 1e9:.1f} GB"
+        f"memory per rank about {need / 1e9:.2f} GB in {phase} ({parts}) "
+        f"of {have['device'] / 1e9:.1f} GB"
     )
+    reasons = []
+    if need > have["device"]:
+        reasons.append(
+            f"about {need / 1e9:.1f} GB per rank are needed, {have['device'] / 1e9:.1f} are there: "
+            f"the largest part is {max(device, key=device.get)}"
+        )
+    host = sum(needs.host.values())
+    if "host" in have and host:
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needs.host.items())
+        world.say(
+            f"CPU memory per rank about {host / 1e9:.2f} GB ({parts}) of {have['host'] / 1e9:.1f}"
+        )
+        if host > have["host"]:
+            reasons.append(
+                f"about {host / 1e9:.1f} GB of CPU memory per rank are needed, "
+                f"{have['host'] / 1e9:.1f} are there"
+            )
+    disk = needs.disk * kept
+    world.say(f"disk: up to {disk / 1e9:.2f} GB of checkpoints, {have['disk'] / 1e9:.1f} GB free")
+    if disk > have["disk"]:
+        reasons.append(
+            f"checkpoints need {disk / 1e9:.1f} GB of disk, {have['disk'] / 1e9:.1f} are free: "
+            "lower --keep"
+        )
+    return reasons
+
+
+def _space(world: World, output_dir: str) -> dict[str, float]:
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = pages / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     folder = Path(output_dir).resolve()
     while not folder.exists():
         folder = folder.parent
-    disk, free = (12 + width) * n * kept, shutil.disk_usage(folder).free
-    world.say(f"disk: up to {disk / 1e9:.2f} GB of checkpoints, {free / 1e9:.1f} GB free")
-    reasons = []
-    if need > have:
-        reasons.append(
-            f"about {need / 1e9:.1f} GB per rank are needed, {have / 1e9:.1f} are there: more "
-            "ranks, --micro-batch, --activation-checkpointing or offloading"
-        )
-    if disk > free:
-        reasons.append(
-            f"checkpoints need {disk / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free: lower --keep"
-        )
-    return reasons
+    have = {"device": memory, "disk": shutil.disk_usage(folder).free}
+    if world.device.type == "cuda":
+        have |= {"device": torch.cuda.mem_get_info()[0], "host": memory}
+    return have
 
 
 def dry_run(args, world: World, examine: Callable) -> int:

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from checker import grade
 from data import (
@@ -15,8 +14,12 @@ from data import (
     local_rows,
     order_by_hash,
     to_examples,
+    words_of,
 )
 from games.rules import Result
+from sources import hub_tables
+
+OPENR1 = "Elliott/Openr1-Math-46k-8192"  # LUFFY's: the columns prompt, target, reward_model
 
 
 class MathProblems:
@@ -68,7 +71,8 @@ def load_problems(
     embedded: the families of the tiny model's pre-training; tests are unseen problems of these, and
     of the families that no embedded model has seen. hub: Elliott/Openr1-Math-46k-8192. A file or
     folder as for load_tasks, whose own test file, or else up to a tenth of its rows, is the test.
-    Rows without an answer, or longer than max_length tokens, are left out and counted. suffix: text
+    Rows without an answer, or longer than max_length tokens, are left out and counted, and so are
+    problems that occur twice: what is in a test set is never trained on. suffix: text
     after every problem that does not speak of \\boxed itself, by default BOX except for embedded
     ones. Raises DataError.
     """
@@ -86,6 +90,11 @@ def load_problems(
         return chosen
 
     train, tests = _source(data, test, seed)
+    read = len(train)
+    seen: set[str] = set()
+    tests = {name: _new(examples, seen) for name, examples in tests.items()}
+    train = _new(train, seen)
+    repeated = read - len(train)
     tests = {name: choose(examples) for name, examples in tests.items()}
     if not tests:  # the source has no test of its own
         ordered = order_by_hash(seed, choose(train))
@@ -112,6 +121,9 @@ def load_problems(
         f"{dropped} over {max_length} tokens and {left_out} without an answer or not chosen "
         "left out"
     )
+    if repeated:
+        report += f"; {repeated} that occur twice or in the test left out"
+    report += _unearned(chosen)
     train = MathProblems(chosen[validation:], seed)
     return train, MathProblems(chosen[:validation], seed), tests, report
 
@@ -124,9 +136,9 @@ def _source(data: str, test: int, seed: int) -> tuple[list[Example], dict[str, l
         unseen = _embedded(-(-test // 42), seed, "test", "training", "heldout")
         return train, {"trained families": trained, "unseen families": unseen}
     if data == "hub":
-        rows, own = to_examples(openr1_rows(), "hub", ""), []
+        rows, own = to_examples(hub_tables(OPENR1)["train"], "hub", ""), []
     else:
-        rows, own = local_rows(Path(data), "")
+        rows, own = local_rows(data, "")
     tests = {"test": [e for _, e in own]} if own else {}
     return [e for _, e in rows], tests
 
@@ -138,27 +150,26 @@ def _embedded(per_family: int, seed: int, part: str, *roles: str) -> list[Exampl
     return examples
 
 
-def openr1_rows() -> list[dict]:
-    """LUFFY's data set: chat messages in the columns prompt and target, the answer in reward_model.
-    Its system prompt is left out. Raises DataError."""
-    import datasets
-
-    name = "Elliott/Openr1-Math-46k-8192"
-    try:
-        loaded = datasets.load_dataset(name, split="train")
-    except Exception as e:  # datasets and huggingface_hub raise many kinds
-        reason = str(e).splitlines()[0][:200]
-        raise DataError(f"cannot load {name} from the hub: {reason}") from None
-    rows = []
-    for row in loaded:
-        prompt, response = _last(row["prompt"], "user"), _last(row["target"], "assistant")
-        answer = (row.get("reward_model") or {}).get("ground_truth", "")
-        rows.append({"prompt": prompt, "response": response, "answer": answer})
-    return rows
+def _new(examples: Sequence[Example], seen: set[str]) -> list[Example]:
+    """Those whose problem is not among the seen ones, which grow by it."""
+    new = []
+    for example in examples:
+        if words_of(example) not in seen:
+            seen.add(words_of(example))
+            new.append(example)
+    return new
 
 
-def _last(value, role: str):
-    """The role's last message, where the value is a list of messages."""
-    if not isinstance(value, list):
-        return value
-    return next((m["content"] for m in reversed(value) if m["role"] == role), "")
+def _unearned(examples: Sequence[Example], looked_at: int = 200) -> str:
+    """What the report says of demonstrations that do not earn their own reward: nothing where all
+    do. Of many examples some are looked at, evenly over the list."""
+    count = min(looked_at, len(examples))
+    sample = [examples[i * len(examples) // count] for i in range(count)]
+    failing = [e for e in sample if not grade(e.response, e.answer)]
+    if not failing:
+        return ""
+    first = failing[0]
+    return (
+        f"; {len(failing)} of {count} demonstrations looked at do not give their own answer, as "
+        f"{first.id}: {first.answer[:60]!r}"
+    )

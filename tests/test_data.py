@@ -27,14 +27,14 @@ def of_level(rows: list[Example], level: int) -> int:
 
 
 def test_split_is_stratified_disjoint_and_order_free():
-    support, query, test = parts = data.split(additions(), 0.3, 0.4, 1)
-    assert [len(rows) for rows in parts] == [15, 20, 15]
+    splits = support, query, test = data.split(additions(), 0.3, 0.4, 1)
+    assert [len(rows) for rows in splits] == [15, 20, 15]
     for level in range(1, 6):
         assert of_level(support, level) == 3, f"level {level}"
         assert of_level(query, level) == 4, f"level {level}"
     assert sorted(e.id for e in support + query + test) == sorted(e.id for e in additions())
-    assert data.split(additions()[::-1], 0.3, 0.4, 1) == parts, "depends on the rows' order"
-    assert data.split(additions(), 0.3, 0.4, 2) != parts, "does not depend on the seed"
+    assert data.split(additions()[::-1], 0.3, 0.4, 1) == splits, "depends on the rows' order"
+    assert data.split(additions(), 0.3, 0.4, 2) != splits, "does not depend on the seed"
 
 
 def test_episodes_are_pure_and_replicas_share_the_meta_batch():
@@ -70,9 +70,9 @@ def test_prepare_round_trip_and_validate(tmp_path):
     after = {t.name: t for t in load_tasks(str(folder))}
     for t in before:
         if not t.heldout:
-            for part in ("support", "query", "test"):
-                written, read = getattr(t, part), getattr(after[t.name], part)
-                assert texts_of(written) == texts_of(read), f"{t.name}, {part}"
+            for name in ("support", "query", "test"):
+                written, read = getattr(t, name), getattr(after[t.name], name)
+                assert texts_of(written) == texts_of(read), f"{t.name}, {name}"
 
     query = folder / "meta_train" / "algebra_query.parquet"
     spoilt = pyarrow.parquet.read_table(query).to_pylist()
@@ -139,14 +139,15 @@ def problems_from_files(folder):
         return load_problems(str(folder / "a.json"), tokenizer, **sizes, **choice)
 
     train, validation, tests, _ = ask()
-    parts = [game.examples for game in (train, validation, *tests.values())]
-    examples = [e for part in parts for e in part]
+    examples = []
+    for game in (train, validation, *tests.values()):
+        examples += game.examples
     for e in examples:
         assert e.prompt.endswith(data.BOX), e
         assert e.subject == "Geometry", e
         assert e.level <= 3, e
     assert len(validation) == 2
-    assert len({e.id for e in examples}) == sum(map(len, parts)), "parts overlap"
+    assert len({e.id for e in examples}) == len(examples), "a problem is in two sets"
     brief, *_ = ask(suffix=" Be brief.")
     assert brief.reset(0).prompt.endswith(" Be brief.")
     with pytest.raises(DataError, match="0 training problems.*subjects: Algebra, Geometry"):

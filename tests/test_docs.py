@@ -1,6 +1,7 @@
 """README.md and docs/: the functions, tests, flags and pages that they name are there."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -20,11 +21,11 @@ PROGRAMS = {
     "-m tiny.train": ROOT / "tiny" / "train.py",
     "-m games": ROOT / "games" / "__main__.py",
 }
-# Flags of other programs that the pages name
+# Flags of torchrun, pip and sbatch that the pages name
 FOREIGN = {
     "--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr",
-    "--master_port", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--index-url",
-    "--shutdown-timeout",
+    "--master_port", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--shutdown-timeout",
+    "--index-url", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--time", "--signal",
 }  # fmt: skip
 NAMED = re.compile(r"`([\w/]+\.py): ([\w.]+)`")
 
@@ -33,6 +34,7 @@ def page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@functools.cache
 def names_in(file: Path) -> set[str]:
     """Functions, classes, Class.methods and constants of a file."""
     names = set()
@@ -72,6 +74,7 @@ def test_every_equation_has_a_function_and_a_test():
 # Commands
 
 
+@functools.cache
 def flags_of(file: Path) -> set[str]:
     """The options of a program whose command line is made from its class Args."""
     classes = [n for n in ast.parse(file.read_text()).body if isinstance(n, ast.ClassDef)]

@@ -81,13 +81,13 @@ def test_lora_dropout():
     assert y.unique().tolist() == pytest.approx([0, 1 / 0.95])
     assert torch.equal(dropout(x, 0.0), x)
     dropped = (y == 0).flatten().double()
-    shares = {"all": dropped}
+    groups = {"all": dropped}
     for k in range(4):
-        shares[f"number {k} of four"] = dropped[k::4]
-    shares["after a dropped one"] = dropped[1:][dropped[:-1] == 1]
-    shares["before a dropped one"] = dropped[:-1][dropped[1:] == 1]
-    shares["two before a dropped one"] = dropped[:-2][dropped[2:] == 1]
-    for name, which in shares.items():
+        groups[f"number {k} of four"] = dropped[k::4]
+    groups["after a dropped one"] = dropped[1:][dropped[:-1] == 1]
+    groups["before a dropped one"] = dropped[:-1][dropped[1:] == 1]
+    groups["two before a dropped one"] = dropped[:-2][dropped[2:] == 1]
+    for name, which in groups.items():
         deviation = 5 * math.sqrt(0.05 * 0.95 / len(which))
         assert which.mean().item() == pytest.approx(0.05, abs=deviation), name
 
@@ -105,7 +105,8 @@ def test_lora_batched_stage_one(options):
     episodes, tokens = random_episodes(3, 6, 4)
     learner = lora_learner(model, tokens, **options)
     steps = meta_lora.support_steps(episodes, 2)
-    assert steps == [[e.support[k : k + 2] for e in episodes] for k in (0, 2, 4)]
+    for k, batches in enumerate(steps):
+        assert batches == [e.support[2 * k : 2 * k + 2] for e in episodes], f"step {k}"
     history = learner.inner_loop(steps)  # [K, T]
     together = [p.detach().clone() for p in learner.adapters.stack]
     for i in range(3):

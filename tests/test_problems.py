@@ -57,15 +57,15 @@ def assert_right(family: str, example: Example) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_embedded_answers(role):
     checked = 0
-    for part, per_family in (("train", 40), ("test", 20)):
-        for name, examples in embedded_examples(per_family, 7, part, role).items():
+    for split, per_family in (("train", 40), ("test", 20)):
+        for name, examples in embedded_examples(per_family, 7, split, role).items():
             subject, family = name.split("/")
             for example in examples:
                 assert checker.extract_answer(example.response) == example.answer, example
                 assert example.subject == subject, example
                 assert_right(family, example)
                 checked += 1
-            if part == "train":
+            if split == "train":
                 assert len({e.level for e in examples}) == 5, name
     assert checked > 300
 
@@ -87,10 +87,10 @@ def test_embedded_solutions_are_true():
     assert checked > 800
 
 
-def prompts_of(per_family: int, seeds: tuple[int, ...], part: str) -> set[str]:
+def prompts_of(per_family: int, seeds: tuple[int, ...], split: str) -> set[str]:
     prompts = set()
     for seed in seeds:
-        for examples in embedded_examples(per_family, seed, part).values():
+        for examples in embedded_examples(per_family, seed, split).values():
             prompts |= {e.prompt for e in examples}
     return prompts
 

@@ -1,0 +1,96 @@
+"""What a dry run says of the large-model commands, on GPUs of given memory."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+import amft
+import fomaml
+import meta_lora
+from data import Encoded
+from model import World
+from run import check_space
+
+GB = 1e9
+LLAMA_1B = LlamaConfig(
+    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN3_4B = Qwen3Config(
+    vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN2_7B = Qwen2Config(
+    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+    num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
+)  # fmt: skip
+LONGEST = {"row": Encoded([0] * 2048, 100)}  # MATH's longest rows under the default --max-length
+COMMAND = {"query_batch": 4, "inner_steps": 5, "eval_max_new_tokens": 512, "steps": 5000}
+
+
+def gpus(size: int, replicas: int = 1) -> World:
+    return World(torch.device("cuda"), size=size, replicas=replicas)
+
+
+def verdict(world: World, needs, device=79, host=1000, disk=10000) -> list[str]:
+    have = {"device": device * GB, "host": host * GB, "disk": disk * GB}
+    return check_space(world, needs, ".", kept=2, have=have)
+
+
+def of_fomaml(config, world: World, **options):
+    args = fomaml.Args(**COMMAND | options)
+    return fomaml.needs(args, config, world, LONGEST)
+
+
+def test_fomaml_commands_are_ready():
+    alone = of_fomaml(LLAMA_1B, gpus(1), activation_checkpointing=True)
+    assert verdict(gpus(1), alone) == []
+    four = of_fomaml(QWEN3_4B, gpus(4), activation_checkpointing=True)
+    assert verdict(gpus(4), four) == []
+    flags = {"activation_checkpointing": True, "offload_theta": True, "cpu_offload": True}
+    offloaded = of_fomaml(QWEN3_4B, gpus(1), micro_batch=1, **flags)
+    assert verdict(gpus(1), offloaded) == []
+
+
+def test_fomaml_what_does_not_fit():
+    too_large = of_fomaml(QWEN3_4B, gpus(1), activation_checkpointing=True)
+    (reason,) = verdict(gpus(1), too_large)
+    assert "per rank are needed" in reason
+    flags = {"activation_checkpointing": True, "cpu_offload": True, "micro_batch": 1}
+    offloaded = of_fomaml(QWEN3_4B, gpus(1), **flags)
+    (reason,) = verdict(gpus(1), offloaded, host=64)
+    assert "CPU memory" in reason
+    (reason,) = verdict(gpus(1), offloaded, disk=50)
+    assert "--keep" in reason
+
+
+def test_offloading_moves_bytes_from_the_gpu():
+    """20 bytes a parameter; theta and the accumulator are 8 of them, one comes back as gradient."""
+    n = sum(of_fomaml(QWEN3_4B, gpus(1)).device.values()) / 20
+    assert n == pytest.approx(4.02e9, rel=0.01)
+    theta = of_fomaml(QWEN3_4B, gpus(1), offload_theta=True)
+    assert sum(theta.device.values()) == pytest.approx(16 * n)
+    everything = of_fomaml(QWEN3_4B, gpus(1), cpu_offload=True)
+    assert everything.device == {}
+    assert sum(everything.host.values()) == pytest.approx(24 * n)  # and the weights while loading
+
+
+def test_meta_lora_needs_more_activations():
+    args = meta_lora.Args(activation_checkpointing=False)
+    needs = meta_lora.needs(args, QWEN3_4B, gpus(4), LONGEST)
+    assert verdict(gpus(4), needs) != []  # four rows of 2,048 tokens at 52 hidden sizes a layer
+    args.activation_checkpointing = True
+    needs = meta_lora.needs(args, QWEN3_4B, gpus(4), LONGEST)
+    assert verdict(gpus(4), needs) == []
+
+
+def test_amft_counts_cache_and_gathered_weights():
+    options = {"prompts_per_step": 128, "validation_size": 128, "max_new_tokens": 8192}
+    options |= {"micro_batch": 2, "activation_checkpointing": True, "max_length": 9216}
+    longest = 8192 + 300
+    args = amft.with_defaults(amft.Args(generation_batch=128, **options))
+    needs = amft.needs(args, QWEN2_7B, gpus(8), longest)
+    assert needs.evaluation["cache of rollouts"] == pytest.approx(128 * longest * 57344)
+    assert verdict(gpus(8), needs) != []
+    args = amft.with_defaults(amft.Args(generation_batch=32, **options))
+    assert verdict(gpus(8), amft.needs(args, QWEN2_7B, gpus(8), longest)) == []
