@@ -64,7 +64,7 @@ class World:
 
     def say(self, text: str) -> None:
         """A line on the terminal, from rank 0 alone, above a progress bar."""
-        if self.rank != 0:
+        if self.rank != 0 or sys.stdout is None:  # closed before the start
             return
         try:
             tqdm.write(text, file=sys.stdout)

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import pytest
 
 import data
 from data import DataError, load_tasks, local_rows
-from games.problems import load_problems
+from games.problems import _source, load_problems
 from model import load_config
 from sources import read_rows
 from tests.helpers import ROOT
@@ -232,6 +233,49 @@ def test_home(tmp_path, monkeypatch):
     assert len(load_tasks("~/a.jsonl")) == 1
     for nothing in ("", "~/nothing.jsonl", "~nobody-here/x"):
         assert "no such file or folder" in one_line(nothing)
+
+
+def test_hub(monkeypatch):
+    """OpenR1's rows: without the system prompt, numbered, with the answer of the reward model."""
+    table = datasets.Dataset.from_list(rows_of("OpenR1"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: {"train": table})
+    examples, tests = _source("hub", 10, 42)
+    assert not tests
+    assert [(e.prompt, e.response, e.answer) for e in examples] == TEXTS
+    assert [(e.id, e.subject, e.level) for e in examples][1:] == [
+        ("hub/1", "math", 0),
+        ("hub/2", "math", 0),
+    ]
+    rows = [FORMS["MATH"](f"{i} + 1?", f"\\boxed{{{i + 1}}}", "") for i in range(9)]
+    tables = {"train": datasets.Dataset.from_list(rows[:6])}
+    tables["test"] = datasets.Dataset.from_list(rows[6:])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: tables)
+    train, test = data.hub_rows(None)
+    assert (len(train), len(test)) == (7 * 6, 7 * 3)
+    assert train[0][1].id == "hub/algebra/train/0"
+
+
+def test_examples_of_the_page_are_read(tmp_path):
+    """Each block of JSON in docs/data.md that is training data."""
+    page = (ROOT / "docs" / "data.md").read_text().partition("## Benchmarks for eval.py")[0]
+    blocks = re.findall(r"\n\n((?:    [^\n]*\n)+)", page)
+    read_blocks = 0
+    for block in blocks:
+        text = block.strip()
+        if text[0] not in "{[":
+            continue
+        rows = []
+        while text:
+            row, end = json.JSONDecoder().raw_decode(text)
+            rows.append(row)
+            text = text[end:].lstrip()
+        path = tmp_path / "a.json"
+        path.write_text(json.dumps(rows if len(rows) > 1 else rows[0]))
+        column = "topic" if "topic" in rows[0] else ""
+        train, test = local_rows(str(path), column)
+        assert len(train) + len(test) == 3, block
+        read_blocks += 1
+    assert read_blocks >= 14
 
 
 # --------------------------------------------------------------------------------------------------
