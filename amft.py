@@ -1349,13 +1349,19 @@ def evaluate(args: Args, actor: Actor, tests: dict, validation, step: int) -> tu
             return None, []
         seeds = range(step, step + args.show) if actor.world.rank == 0 else []
         groups = actor.play(validation, seeds, args.samples, f"{args.seed}/show/{step}")
+        if actor.stop.agreed():
+            return None, []
     return results, sample_rows(groups, step, actor.tokenizer)
 
 
-def target_entropy(args: Args, actor: Actor, learner: PolicyLearner, validation) -> float:
-    """H*: of the warm policy's own rollouts, on many prompts, as it is measured but once."""
+def target_entropy(args: Args, actor: Actor, learner: PolicyLearner, validation) -> float | None:
+    """H*: of the warm policy's own rollouts, on many prompts, as it is measured but once.
+
+    None once a stop is agreed on. Collective.
+    """
     count = args.validation_size if args.task == "math" else 4 * args.validation_prompts
-    return learner.entropy(actor.rollout(validation, actor.mine(count), args.samples, "target"))
+    groups = actor.rollout(validation, actor.mine(count), args.samples, "target")
+    return None if actor.stop.agreed() else learner.entropy(groups)
 
 
 def main(args: Args, world: World) -> int:
@@ -1446,7 +1452,8 @@ def main(args: Args, world: World) -> int:
             if derivative is not None:
                 first = (step + 1) // args.mu_every * args.validation_prompts
                 seeds = actor.mine(args.validation_prompts, first)
-                trials = actor.rollout(validation, seeds, args.samples, f"{step}/validation")
+                key = f"{step}/validation"  # to the end, as the step is taken and mu belongs to it
+                trials = actor.rollout(validation, seeds, args.samples, key, to_the_end=True)
                 grad_mu, signal_to_noise = learner.grad_mu(trials, derivative)
                 metrics |= {"grad_mu": grad_mu, "grad_mu_snr": signal_to_noise}
             metrics["entropy_target"] = controller.state["entropy_target"]

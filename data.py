@@ -30,6 +30,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from numbers import Number
 from operator import itemgetter
@@ -472,7 +473,8 @@ def template(tokenizer) -> Template:
     between, _, closing = _render(tokenizer, [question, reply]).partition("<<A>>")
     after = between.partition("<<Q>>")[2]
     end = tokenizer(closing.strip(), add_special_tokens=False)["input_ids"][:1]
-    if end and end[0] not in tokenizer.all_special_ids and eos:
+    marks = tokenizer.added_tokens_decoder.keys() | set(tokenizer.all_special_ids)
+    if eos and end and end[0] not in marks:
         end = eos  # a turn that ends in plain text: its first token ends nothing
     end = end or eos
     if len(after) <= len(after_question) or not end:
@@ -480,11 +482,18 @@ def template(tokenizer) -> Template:
     return Template(before, after, end, frozenset(end + eos))
 
 
+DAY = date(2024, 7, 26)  # of every template: a run resumed tomorrow must see the same tokens
+
+
 def _render(tokenizer, messages: Sequence[dict]) -> str:
-    """Always of the same day: a run resumed tomorrow must see the same tokens."""
+    """Always of the same day, whether the template takes a date or asks for today's."""
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=False, date_string="26 Jul 2024"
+            messages,
+            tokenize=False,
+            add_generation_prompt=False,
+            date_string=DAY.strftime("%d %b %Y"),
+            strftime_now=DAY.strftime,
         )
     except Exception as e:  # the template is a program: anything may go wrong in it
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]

@@ -209,6 +209,7 @@ def _decode(
     cache = None
     for t in range(max_new_tokens):
         if interrupted():
+            responses.lengths[rows] = t
             break
         out = model(
             input_ids=ids,
@@ -253,7 +254,10 @@ def _decode_in_place(model, ids, rows, seeds, responses, stop_ids, temperature, 
     going = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
     cache = None
     for t in range(responses.tokens.shape[1]):
-        if interrupted() or not going.any():
+        if interrupted():
+            responses.lengths[rows[going]] = t
+            break
+        if not going.any():
             break
         out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
@@ -330,6 +334,8 @@ def sample(
             ids = torch.tensor(batch, device=device).repeat_interleave(n, 0)
             _decode_in_place(model, ids, rows, seeds, responses, *how)
             bar.update(len(rows))
+    for i in order:  # not begun, as it was interrupted
+        responses.lengths[n * i : n * (i + 1)] = 0
     bar.close()
     return responses.samples()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from data import DataError
@@ -129,6 +130,17 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], extra: dict, ke
         for old in checkpoints(final.parent)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
+
+
+# What reading and writing may raise; the library's own is no Exception
+CHECKPOINT_ERRORS = (Exception, CheckpointException)
+
+
+def reason_of(error: BaseException) -> str:
+    """What such an error says, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))  # of some rank
+    return first_line(error)
 
 
 class ModelCheckpoint:
@@ -315,8 +327,8 @@ class Run:
                 self.state = {k: saved[k] for k in self.state}
                 self.own_state.update({k: saved[k] for k in self.own_state})
                 self.checkpoint.read(folder)
-            except Exception as e:  # whatever a half-written or overwritten file leads to
-                self.world.say(f"warning: {folder} is damaged ({first_line(e)})")
+            except CHECKPOINT_ERRORS as e:  # whatever a half-written or overwritten file leads to
+                self.world.say(f"warning: {folder} is damaged ({reason_of(e)})")
                 continue
             return True
         if found:
@@ -442,10 +454,10 @@ class Run:
             link = self.folder / "checkpoint"
             try:
                 save_checkpoint(link, self.checkpoint.write, extra, self.args.keep)
-            except Exception as e:  # a full disk is an error of many classes
+            except CHECKPOINT_ERRORS as e:  # a full disk is an error of many classes
                 good = checkpoints(self.folder)[-1:] or ["none"]
                 raise ModelError(
-                    f"cannot write a checkpoint: {first_line(e)}. Last good one: {good[0]}"
+                    f"cannot write a checkpoint: {reason_of(e)}. Last good one: {good[0]}"
                 ) from None
             self.saved_at = self.state["step"]
 

@@ -156,8 +156,11 @@ class Actor:
         self.seed, self.max_new_tokens, self.batch_size = seed, max_new_tokens, batch_size
         self.stop = stop
 
-    def play(self, game, seeds, samples: int, key: str, temperature: float = 1.0):
-        """Groups of trajectories, one a seed, while the policy is gathered; see play."""
+    def play(self, game, seeds, samples: int, key: str, temperature: float = 1.0, to_the_end=False):
+        """Groups of trajectories, one a seed, while the policy is gathered; see play.
+
+        Cut short where a stop is asked for, unless to_the_end.
+        """
         long = self.world.rank == 0 and self.max_new_tokens > 1024
         return play(
             self.lm,
@@ -171,13 +174,13 @@ class Actor:
             temperature,
             "rollout" if long else None,
             self.processor,
-            self.stop.is_requested,
+            never if to_the_end else self.stop.is_requested,
         )
 
-    def rollout(self, game, seeds, samples: int, key) -> list[list[Trajectory]]:
+    def rollout(self, game, seeds, samples: int, key, to_the_end=False) -> list[list[Trajectory]]:
         """The same at temperature 1, with random streams of the run's seed."""
         with gathered(self.policy):
-            return self.play(game, seeds, samples, f"{self.seed}/{key}")
+            return self.play(game, seeds, samples, f"{self.seed}/{key}", to_the_end=to_the_end)
 
     def demonstrate(self, game, seed: int) -> Trajectory:
         return demonstrate(self.tokenizer, game, seed, self.processor)

@@ -1,15 +1,18 @@
-"""checker.py: pairs by hand, random spellings, labelled cases, hostile text."""
+"""checker.py: pairs by hand, endings, random spellings, labelled cases, golds, hostile text."""
 
 import gzip
 import json
 import random
 import re
 import resource
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import checker
-from tests.helpers import SHARED, hostile_rows, needs_shared
+from tests.helpers import ROOT, SHARED, hostile_rows, needs_shared
 
 EQUAL = [
     (r"\frac{1}{2}", "0.5"),
@@ -41,6 +44,71 @@ EQUAL = [
     (r"6\pi\approx18.85", r"6\pi"),
     ("101_2", "(101)_{2}"),
     (r"n\equiv3\pmod7", r"n\equiv10\pmod{7}"),
+    # a decimal against a value that only numbers tell; significant digits beside a power of ten
+    (r"\sin 30^\circ", "0.5"),
+    (r"\log_4 8", "1.5"),
+    (r"2.314814814815 \times 10^{-3}", r"\frac{1}{432}"),
+    (r"33.33333333333\%", r"\frac13"),
+    # letters
+    (r"\lfloor n/2\rfloor+\lceil n/2\rceil", "n"),
+    (r"\cos(n\pi)", "(-1)^n"),
+    (r"\sqrt{(x-4)^2}", "|x-4|"),
+    (r"\binom{n}{k}", r"\frac{n!}{k!(n-k)!}"),
+    (r"2\cdot 3^{n-1}", r"\frac{2}{3} 3^n"),
+    (r"e^{i\theta}", r"\cos\theta+i\sin\theta"),
+    (r"\arctan 1+\arctan 2+\arctan 3", r"\pi"),
+    (r"\frac{a^2-b^2}{a-b}", "a+b"),
+    # sums, products, integrals, determinants, double factorials
+    (r"\sum_{i=1}^{n} i^2", r"\frac{n(n+1)(2n+1)}{6}"),
+    (r"\sum_{k=0}^{\infty} \frac{1}{3^k}", "1.5"),
+    (r"\prod_{k=1}^{5} k", "120"),
+    (r"\int_1^2 2x\,dx", "3"),
+    (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", "-2"),
+    ("5!!", "15"),
+    ("2^6 3^5 5^4", "9720000"),
+    # matrices and points
+    (r"\frac13\begin{pmatrix}3\\6\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}+t\begin{pmatrix}1\\1\end{pmatrix}", "(1+t,2+t)"),
+    (
+        r"\begin{cases} x & x>0 \\ -x & x\le 0\end{cases}",
+        r"\begin{cases} -x, & \text{if } x\le 0 \\ x, & \text{if } x>0\end{cases}",
+    ),
+    # sets
+    (r"x>2 \text{ and } x<5", "(2,5)"),
+    (r"x<2 \text{ or } x>5", r"(-\infty,2)\cup(5,\infty)"),
+    (r"x \neq \pm 1", r"\mathbb{R}\setminus\{-1,1\}"),
+    ("x^2<4", "(-2,2)"),
+    (r"|x|\ge1", r"(-\infty,-1]\cup[1,\infty)"),
+    (r"\{k : k\ge3\}", r"k\ge3"),
+    (r"[1,2)\cup[2,3]", "[1,3]"),
+    (r"\pm 1 \pm \sqrt2", r"1+\sqrt2,1-\sqrt2,-1+\sqrt2,-1-\sqrt2"),
+    # names
+    ("f(t)=t^2", "f(x)=x^2"),
+    ("p=2, q=3", "(p,q)=(2,3)"),
+    ("x=3, y=-1", "(3,-1)"),
+    (r"\sin^2 x+C", r"-\cos^2 x+c"),
+    (r"\begin{cases} x=1 \\ y=2\end{cases}", "(1,2)"),
+    # units, scale words, times
+    (r"5\,\mathrm{kg}", "5"),
+    (r"-13.6\ \mathrm{eV}", "-13.6"),
+    (r"9.8\ \mathrm{m/s^2}", r"9.8\ \mathrm{m\,s^{-2}}"),
+    (r"5\text{ square meters}", r"5\text{ m}^2"),
+    (r"\text{42 ways}", "42"),
+    (r"50\text{ percent}", "0.5"),
+    (r"12\text{ million}", "12,000,000"),
+    (r"45\text{ degrees}", r"45^\circ"),
+    (r"\$3\text{ million}", "3000000"),
+    ("2:4", "1:2"),
+    (r"\text{1:03 PM}", r"1\!:\!03"),
+    # how it is written
+    (r"\color{red}{42}", "42"),
+    (r"\underline{42}", "42"),
+    (r"\Large 42", "42"),
+    ("= 42", "42"),
+    (r"1,2,\dots,n", r"1, 2, \ldots, n"),
+    ("100,200,300", "300,200,100"),
+    ("$1{,}000{,}000$", "10^6"),
+    (r"\text{Option E}", "E"),
 ]
 DIFFERENT = [
     ("2^{100}", "2^{100}+1"),
@@ -67,12 +135,61 @@ DIFFERENT = [
     (r"20\%", r"\$20"),
     (r"1\frac45", "14/5"),
     ("I(0)e^{-t}", "0"),
+    # alike as text without braces, dots, primes, spaces
+    ("2^{n}-1", "2^{n-1}"),
+    (r"\sqrt{x}+1", r"\sqrt{x+1}"),
+    (r"\frac{11}{2}", r"\frac{1}{12}"),
+    (".5", "5"),
+    ("y=.5x+1", "y=5x+1"),
+    ("2 3", "23"),
+    (r"2\quad3", "6"),
+    ("f'(2)", "f(2)"),
+    ("y''+y=0", "y+y=0"),
+    (r"\overrightarrow{AB}", r"\overrightarrow{BA}"),
+    # equal at some places only
+    ("(-1)^n", "-1"),
+    (r"\lfloor n/10\rfloor", r"\lfloor (n-1)/10\rfloor"),
+    (r"\lfloor\log_2 n\rfloor+1", r"\lceil\log_2 n\rceil"),
+    (r"\gcd(n,7)", "1"),
+    (r"\min(n,40)", "n"),
+    (r"|x-3|+|x+3|", "6"),
+    (r"\lceil x\rceil", r"\lfloor x\rfloor+1"),
+    ("(x-4)(x+3)(x-87)+x", "x"),
+    ("x!", "0"),
+    # small, and nearly equal
+    ("e^{-200}", "e^{-201}"),
+    ("e^{-300}", "0"),
+    ("1+e^{-300}", "1"),
+    (r"\sqrt{10^{100}+1}", "10^{50}"),
+    ("10^{20000}+1", "10^{20000}"),
+    ("2^{1/2^{200}}", "1"),
+    # sets
+    (r"x>2 \text{ and } x<5", r"(-\infty,\infty)"),
+    (r"x\ne1 \text{ or } x\ne2", r"\mathbb{R}"),
+    ("x^2<5", "(-2,2)"),
+    (r"|x|\le3", "(-3,3)"),
+    (r"\pm1\pm\sqrt2", r"1+\sqrt2,-1-\sqrt2"),
+    # units, times, letters
+    ("1:00", "12:00"),
+    ("3:00 PM", "4:00 PM"),
+    ("3:45 PM", "3:45 AM"),
+    (r"12\text{ million}", "12"),
+    (r"3\text{ or more}", "3"),
+    ("42abc", "42"),
+    (r"30^\circ", r"30\%"),
+    (r"\text{(A) }3, \text{(B) }5", "A"),
+    ("A: no, B", "A"),
+    ("x+C", "x"),
+    ("f(x)=2x", "g(x)=2x"),
+    (r"\sum_{k=1}^{10} k", "56"),
 ]
 ANSWERS = [
     (r"so \boxed{1} and then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
     (r"\boxed{3} then \boxed{open {", "3"),
     (r"\boxed{2} and \boxed{3}", "2, 3"),
     (r"\boxed 5.", "5"),
+    (r"\boxed42", "42"),
+    (r"\Boxed{42}", "42"),
     ("none", None),
     ("#### 72", "72"),
     ("The answer is 3.5. I hope so.", "3.5"),
@@ -81,6 +198,41 @@ ANSWERS = [
     ("it grows by 10 to 100%.", "100%"),
     (r"Final Answer: The largest $n$ is 34.", "34"),
     ("", None),
+]
+ENDINGS = [  # a text, its answer, what stands there too and is not
+    ("The answer is:\n\n$$\n\\frac{11}{36}\n$$", "11/36", "11"),
+    ("The answer is 5. Wait, I forgot one. So the answer is 10.", "10", "5"),
+    ("The answer is 5. Wait, there is one more, that makes 6.", "6", "5"),
+    ("The answer is 5, since the sum is 10.", "5", "10"),
+    ("Answer: 7 (since 3+4=7)", "7", "3"),
+    ("The answer is exactly 12.", "12", "1"),
+    ("The answer is option C because B is wrong.", "C", "B"),
+    ("The answer is 2**10.", "1024", "210"),
+    ("**42**", "42", "2"),
+    ("```\n42\n```", "42", "2"),
+    ("The answers are 3 and 4.", "4, 3", "4"),
+    ("Therefore $x = 4$ or $x = -4$.", r"\pm4", "-4"),
+    ("The roots are 2, 3, and 5.", "2,3,5", "5"),
+    ("The area is $25\\pi$ square units, which is about 78.54.", r"25\pi", "78.54"),
+    ("The answer is approximately 0.17 (exactly $\\frac16$).", "1/6", "0.17"),
+    ("<think>Perhaps \\boxed{12}? No.</think> The final answer is 15.", "15", "12"),
+    ("<answer>(x-1)(x+1)</answer>", "x^2-1", "1"),
+    ('{"answer": 42, "confidence": 0.9}', "42", "0.9"),
+    ("\\boxed{42}<end_of_turn>\n<start_of_turn>user\n\\boxed{56}", "42", "56"),
+    ("So altogether we need 2 1/4 cups.", "9/4", "1/4"),
+    ("\\boxed{a > b}\n\n**Answer: D**", "D", "A"),
+    ("\\boxed{5}\n\nWait, I made an error. The correct answer is 6.", "6", "5"),
+    ("Tom gets $20 - $13.50 = $6.50 back.", "6.5", "20"),
+    ("So there are 17 such integers less than 100.", "17", "100"),
+    ("The answer is between 3 and 4.", "between 3 and 4", "4"),
+    ("所以最终答案为：42", "42", "2"),
+    ("因此，答案是 $\\frac{3}{4}$。", "0.75", "3"),
+    ("故选 B。", "B", "C"),
+    ("Ответ: 25.", "25", "5"),
+    ("답은 7입니다.", "7", "1"),
+    ("La réponse est donc $\\frac{3}{4}$.", "0.75", "4"),
+    ("Die Antwort lautet 25 cm.", "25", "5"),
+    ("There is no solution.", "no solution", "0"),
 ]
 
 
@@ -101,14 +253,51 @@ def test_checker_pairs():
         assert checker.grade(rf"So it is $\boxed{{{a}}}$.", b), f"{a} against {b}"
     for a, b in DIFFERENT:
         assert_different(a, b)
+    for answer in ("E: A polygenic risk score", r"\textbf{(E)}\ 12", "E) increases", "(E)"):
+        assert checker.is_equal(answer, "E"), answer
+        assert not checker.is_equal(answer, "D"), answer
 
 
 def test_extract_answer():
     for text, answer in ANSWERS:
         assert checker.extract_answer(text) == answer, text
+    for text, answer, other in ENDINGS:
+        assert checker.grade(text, answer), f"{text}: {checker.extract_answer(text)}"
+        assert not checker.grade(text, other), f"{text}: {checker.extract_answer(text)}"
     start = time.perf_counter()
     checker.extract_answer("\\boxed{" * 100_000)
     assert time.perf_counter() - start < 1
+
+
+def test_checker_own_rows():
+    """Rows made before the checker was last rewritten, from the forms of public answer keys and the
+    ways in which families of models end."""
+    lines = (Path(__file__).parent / "data" / "checker_own.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) >= 120
+    for row in rows:
+        assert checker.grade(row["response"], row["gold"]) == row["expect"], row
+
+
+def test_checker_takes_any_objects():
+    class Silent:
+        def __str__(self):
+            raise ValueError
+
+    things = [None, 5, 2.5, True, b"5", [1], {}, Silent(), float("nan"), 10**5000, "\ud800", "5"]
+    for a in things:
+        for b in things:
+            assert checker.grade(a, b) in (True, False)
+            assert checker.is_equal(a, b) in (True, False)
+    assert checker.grade("\\boxed{5}", 5)
+    assert not checker.grade(None, "5")
+
+
+def test_import_is_light():
+    """sympy is imported by the first answers that need it."""
+    code = "import checker, sys; print(sorted({'sympy', 'mpmath'} & set(sys.modules)))"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
 
 def spellings(rng: random.Random) -> tuple[str, str, str]:
@@ -150,7 +339,10 @@ def spellings(rng: random.Random) -> tuple[str, str, str]:
 PIECES = [
     "\\frac", "{", "}", "(", ")", "[", "]", "^", "_", "\\sqrt", "12", "x", "|", "\\pm", "!", ",",
     "=", "<", "\\cup", "\\text{", "\\begin{pmatrix}", "\\\\", "&", "%", "\\log", "\\infty", ".",
-    "-", "e", "\\binom", "9" * 30, "\\boxed{", "$", "é",
+    "-", "e", "\\binom", "9" * 30, "\\boxed{", "$", "é", "\\sum_{k=1}^{", "\\int_0^1", "dx", "n",
+    "\\begin{cases}", "\\end{cases}", "\\lfloor", "\\rfloor", "'", "\\det", "**", " and ",
+    "million", "\\{", "\\}",
+    "10^{6000}", "\\gcd(", ":00", "answer is ", "\n", "\\mathrm{", "\\cos", "\\ne",
 ]  # fmt: skip
 
 
@@ -162,34 +354,85 @@ def test_checker_properties():
         a, same, other = spellings(rng)
         assert_equal(a, same)
         assert_different(a, other)
-    for _ in range(3000):
+    for _ in range(2000):
         a, b = ("".join(rng.choices(PIECES, k=rng.randint(1, 25))) for _ in range(2))
         assert checker.is_equal(a, b) in (True, False), (a, b)
         assert checker.grade(a, b) in (True, False), (a, b)
 
 
-# Rows that take the checker seconds, and the last one gigabytes
-STILL_SLOW = {
-    "digits-box-29k", "digits-29k", "third-8k", "spaces-28k", "open-display-6k", "primes-24",
-    "nested-g-35",
-}  # fmt: skip
+def mutated(text: str, rng: random.Random) -> str:
+    """Cut, repeated, spliced."""
+    i = rng.randint(0, len(text))
+    j = min(len(text), i + rng.randint(1, 12))
+    kind = rng.randrange(3)
+    if kind == 0:
+        return text[:i] + text[j:]
+    if kind == 1:
+        return text[:j] + text[i:j] * rng.choice((1, 5, 40, 300)) + text[j:]
+    return text[:i] + rng.choice(PIECES) * rng.choice((1, 2, 30)) + text[i:]
+
+
+def test_checker_fuzz():
+    """Mutations of the rows and random text on both sides, in two threads: always a verdict, under
+    half a second of work, with little memory."""
+    texts = [text for pair in EQUAL + DIFFERENT for text in pair] + [row[0] for row in ENDINGS]
+    failures: list = []
+    checker.is_equal(r"\sqrt2+x", r"\sin x")  # sympy's import
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(600):
+            a, b = (mutated(mutated(rng.choice(texts), rng), rng) for _ in range(2))
+            start = time.thread_time()
+            verdicts = [checker.grade(a, b), checker.is_equal(a, b)]
+            if set(verdicts) - {True, False} or time.thread_time() - start > 0.5:
+                failures.append((a, b))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+def test_long_text_is_linear():
+    """What took seconds where a pattern started again at each digit, space, bracket or prime."""
+    for text in (
+        "\\boxed{" + "1" * 29_000 + "}",
+        "1" * 29_000,
+        "\\boxed{0." + "3" * 8_000 + "}",
+        "\\boxed{a" + " " * 28_000 + "b}",
+        "\\[ " * 6_000,
+        "\\boxed{y" + "'" * 28 + "}",
+        "\\boxed{" + "g(" * 35 + "x" + ")" * 35 + "}",
+        "\\boxed{a" + "_A" * 300 + "}",
+        "answer is " * 5_000,
+        "**" * 30_000,
+    ):
+        start = time.perf_counter()
+        assert not checker.grade(text, "7/5")
+        assert time.perf_counter() - start < 0.5, text[:30]
 
 
 @needs_shared
 def test_checker_cases_and_hostile_rows(capsys):
-    """The labelled cases; hostile rows on either side, also in a thread: half a second each, 300
-    MB, no exception."""
-    assert checker.main([str(SHARED / "checker" / "cases.jsonl")]) == 0
-    report = capsys.readouterr().out
-    assert float(re.search(r"([\d.]+)% right", report)[1]) >= 99.5, report
-    assert " 0 false accepts" in report, report
-    rows = [row for row in hostile_rows() if row["name"] not in STILL_SLOW]
-    assert len(rows) == 43
+    """The labelled cases; hostile rows on either side and on both, also in a thread: half a second
+    each, 50 MB, no exception."""
+    for file, least in (("cases.jsonl", 100), ("cases2.jsonl", 97)):
+        assert checker.main([str(SHARED / "checker" / file)]) == 0
+        report = capsys.readouterr().out
+        assert float(re.search(r"([\d.]+)% right", report)[1]) >= least, report
+        assert " 0 false accepts" in report, report
+    rows = hostile_rows()
     slow, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def grade_all() -> None:
         for row in rows:
-            for a, b in ((row["response"], row["gold"]), (row["gold"], row["response"])):
+            response, gold = row["response"], row["gold"]
+            for a, b in ((response, gold), (gold, response), (response, response + " ")):
                 start = time.perf_counter()
                 checker.grade(a, b)
                 checker.is_equal(a, b)
@@ -201,32 +444,71 @@ def test_checker_cases_and_hostile_rows(capsys):
     thread.start()
     thread.join()
     assert slow == []
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
-def shared_golds() -> list[str]:
+def shared_golds() -> list[list[str]]:
+    """The answers of each file with answers in mathematics."""
     golds = []
     for folder in ("math", "bench"):
         for file in sorted((SHARED / "data" / folder).glob("*.gz")):
             if "mmlu" not in file.name:
                 with gzip.open(file, "rt") as lines:
-                    golds += [json.loads(line)["answer"] for line in lines]
+                    golds.append([str(json.loads(line)["answer"]) for line in lines])
     return golds
+
+
+JUDGED_EQUAL = [  # golds of one file that are written otherwise and mean the same
+    {r"\frac14", r"\frac{1}{4}"},
+]
 
 
 @needs_shared
 def test_checker_golds():
-    """Every gold accepts itself; a gold accepts others only where they are truly equal (the
-    accepted pairs were read by hand)."""
-    golds = shared_golds()
-    assert len(golds) > 7000
-    for gold in golds:
-        assert checker.is_equal(gold, gold), gold
-        assert checker.grade(f"It is $\\boxed{{{gold}}}$.", gold), gold
+    """Every gold accepts itself; of golds with another text only those are accepted that were read
+    and judged equal."""
+    files = shared_golds()
+    assert sum(map(len, files)) > 7000
+    for golds in files:
+        for gold in golds:
+            assert checker.is_equal(gold, gold), gold
+            assert checker.grade(f"It is $\\boxed{{{gold}}}$.", gold), gold
     rng, accepted = random.Random(0), []
-    for gold in golds[:5000]:
-        for other in rng.sample(golds, 3):
-            same_text = checker.plain(checker.clean(other)) == checker.plain(checker.clean(gold))
-            if not same_text and checker.is_equal(other, gold):
-                accepted.append((other, gold))
-    assert len(accepted) < 20, accepted
+    for golds in files:
+        distinct = sorted(set(golds))
+        for _ in range(len(golds)):
+            a, b = rng.sample(distinct, 2)
+            if checker.is_equal(a, b) and {a, b} not in JUDGED_EQUAL:
+                accepted.append((a, b))
+    assert accepted == []
+
+
+def changed(gold: str, rng: random.Random) -> list[str]:
+    """The gold with another digit, with another sign, with a closing brace moved by one place."""
+    results = []
+    digits = [i for i, c in enumerate(gold) if c.isdigit()]
+    if digits:
+        i = rng.choice(digits)
+        other = (int(gold[i]) + rng.randint(1, 8)) % 10
+        results.append(f"{gold[:i]}{other}{gold[i + 1 :]}")
+    signs = [i for i, c in enumerate(gold) if c in "+-"]
+    if signs:
+        i = rng.choice(signs)
+        results.append(gold[:i] + ("-" if gold[i] == "+" else "+") + gold[i + 1 :])
+    braces = [m.start() for m in re.finditer(r"\}(?=[-+\dnkx])", gold)]
+    if braces:
+        i = rng.choice(braces)
+        results.append(f"{gold[:i]}{gold[i + 1]}}}{gold[i + 2 :]}")
+    return results
+
+
+@needs_shared
+def test_changed_golds_are_rejected():
+    rng = random.Random(0)
+    for golds in shared_golds():
+        for gold in golds[::4]:
+            for other in changed(gold, rng):
+                # where the braces of \text end says nothing
+                shown = [re.sub(r"\\text|[{}\s]", "", s) for s in (other, gold)]
+                if "\\text" not in gold or shown[0] != shown[1]:
+                    assert not checker.is_equal(other, gold), (other, gold)

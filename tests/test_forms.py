@@ -146,9 +146,10 @@ def test_files(tmp_path, name):
 
 def test_gsm8k(tmp_path):
     """The response is the worked answer, the final answer what stands behind ####."""
-    rows = [{"question": p, "answer": worked(r, a)} for p, r, a in TEXTS]
+    texts = [*TEXTS, ("Which letter?", "Of $2$ and $y$ it is the last.", "y")]
+    rows = [{"question": p, "answer": worked(r, a)} for p, r, a in texts]
     write_lines(tmp_path / "a.jsonl", rows)
-    assert read(tmp_path / "a.jsonl") == [(p, worked(r, a), a) for p, r, a in TEXTS]
+    assert read(tmp_path / "a.jsonl") == [(p, worked(r, a), a) for p, r, a in texts]
     choices = [row | {"choices": ["x", "y"]} for row in rows]  # its answer is a letter
     write_lines(tmp_path / "b.jsonl", choices)
     assert "missing column solution" in one_line(tmp_path / "b.jsonl")
@@ -202,6 +203,7 @@ def test_folders(tmp_path):
     both = {"train": datasets.Dataset.from_list(rows[:6]), "test": rows[6:]}
     both["test"] = datasets.Dataset.from_list(rows[6:])
     datasets.DatasetDict(both).save_to_disk(str(tmp_path / "dict"))
+    (tmp_path / "dict" / "train" / "cache-1f.arrow").write_text("of map()")
     write_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet", rows[:6])
     write_parquet(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet", rows[6:])
     (tmp_path / "hub" / "dataset_infos.json").write_text("{}")
@@ -342,6 +344,13 @@ def test_broken_rows(tmp_path, form):
     long = json.dumps(tasked).replace("What is 6", "x" * 1_000_000)
     path.with_suffix(".json").write_text(long)
     assert len(outcome(path.with_suffix(".json"))[1][0]) > 1_000_000
+
+
+def test_an_empty_subject_is_none(tmp_path):
+    row = rows_of("MATH")[0] | {"task": "T"}
+    write_lines(tmp_path / "a.jsonl", [row | {"subject": None}, row | {"subject": "U", "type": ""}])
+    rows, _ = local_rows(str(tmp_path / "a.jsonl"), None)
+    assert [(name, e.subject) for name, e in rows] == [("T", "S"), ("T", "U")]
 
 
 def test_errors_name_the_place(tmp_path):
@@ -533,6 +542,9 @@ def test_flags(tmp_path, monkeypatch, capsys):
                 assert status == 2, (flag, value)
                 assert value == "word" or said.count("\n") == 1
     assert status_of(monkeypatch, capsys, *here, "--support-ratio", "0.9")[0] == 2  # 0.9 + 0.4
+    for flags in (("--max-samples", "-2"), ("--seed", "9" * 23)):
+        status, said = status_of(monkeypatch, capsys, *here, *flags)
+        assert (status, said.count("\n")) == (2, 1), flags
     status, said = status_of(monkeypatch, capsys, "--output-dir", "")
     assert (status, said) == (2, "data.py: --output-dir must name a folder\n")
     assert status_of(monkeypatch, capsys, *here, "--validate") == (0, "")
