@@ -224,7 +224,10 @@ def _last_value(text: str) -> str | None:
     telling = [g for g in groups if len(g[2]) > 1 or g[2].isdigit()] or groups
     after = telling[-1][1] if telling else 0
     for sentence in reversed(re.split(r"(?:\.(?=\s|$)|[\n。])", text[after:])[-30:]):
-        numbers = [n for n in NUMBER.finditer(sentence) if not NOT.search(sentence[: n.start()])]
+        found = [
+            (n, sentence[max(0, n.start() - 30) : n.start()]) for n in NUMBER.finditer(sentence)
+        ]
+        numbers = [n for n, before in found if not NOT.search(before)]
         if compound := COMPOUND.search(sentence):
             return compound[0]
         if not numbers:

@@ -490,10 +490,14 @@ def _render(tokenizer, messages: Sequence[dict]) -> str:
     try:
         return tokenizer.apply_chat_template(
             messages,
+            chat_template=re.sub(
+                r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
+                lambda asked: asked[1] + DAY.strftime(asked[2]) + asked[1],
+                tokenizer.get_chat_template(),
+            ),
             tokenize=False,
             add_generation_prompt=False,
             date_string=DAY.strftime("%d %b %Y"),
-            strftime_now=DAY.strftime,
         )
     except Exception as e:  # the template is a program: anything may go wrong in it
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
@@ -682,7 +686,8 @@ def validate(folder: Path) -> list[str]:
 
 
 def _faults(rows: list[dict], name: str, seen: dict[str, str]) -> Iterator[str]:
-    """What is wrong with a file. seen: the file of each problem met so far."""
+    """What is wrong with a file. seen: the file of each problem met so far. Raises DataError for
+    metadata that is not JSON."""
     if not rows:
         yield f"{name}: no rows"
         return
@@ -694,10 +699,7 @@ def _faults(rows: list[dict], name: str, seen: dict[str, str]) -> Iterator[str]:
         if texts is None:
             yield f"{name}, row {i}: empty prompt or response, or not text"
             continue
-        try:
-            _unpacked(row, f"{name}, row {i}")
-        except DataError as e:
-            yield str(e)
+        _unpacked(row, f"{name}, row {i}")
         if not extract_answer(texts[1]):
             yield f"{name}, row {i}: no final answer in the response"
         first = seen.setdefault(" ".join(texts[0].split()), name)

@@ -139,6 +139,9 @@ def test_forms(tmp_path, form):
 def test_files(tmp_path, name):
     FILES[name](tmp_path / name, rows_of("MATH"))
     assert read(tmp_path / name) == TEXTS
+    long = rows_of("MATH")[0] | {"problem": "x" * 1_000_000, "target": "not this"}
+    FILES[name](tmp_path / f"long-{name}", [long])
+    assert read(tmp_path / f"long-{name}") == [(long["problem"], *TEXTS[0][1:])]
     [task] = load_tasks(str(tmp_path / name), support_ratio=0.4, query_ratio=0.3)
     assert task.name == "S"
     assert {e.level for e in task.support + task.query + task.test} == {3}
@@ -233,6 +236,9 @@ def test_home(tmp_path, monkeypatch):
     write_lines(tmp_path / "a.jsonl", rows_of("MATH"))
     assert read("~/a.jsonl") == TEXTS
     assert len(load_tasks("~/a.jsonl")) == 1
+    assert data.main(data.Args("~/out", "~/a.jsonl", validate=True)) == 0
+    assert len(load_tasks("~/out")) == 1
+    assert (tmp_path / "out").is_dir()
     for nothing in ("", "~/nothing.jsonl", "~nobody-here/x"):
         assert "no such file or folder" in one_line(nothing)
 

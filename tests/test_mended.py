@@ -383,13 +383,10 @@ def test_target_entropy_is_of_all_validation_prompts():
     assert seen == {"seeds": list(range(64)), "samples": 8}
 
 
-@pytest.fixture(scope="module")
-def warm_at_once():
+def warm_at_once(patch: pytest.MonkeyPatch) -> None:
     """Parity, with meta-gradients from the first step on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(amft.Controller, "FIRST_STEPS", 0)
-        patch.setattr(amft, "load_task", lambda *_: parity_task())
-        yield
+    patch.setattr(amft.Controller, "FIRST_STEPS", 0)
+    patch.setattr(amft, "load_task", lambda *_: parity_task())
 
 
 LEARNED = [
@@ -400,10 +397,12 @@ FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 
 
 @pytest.fixture(scope="module")
-def learned(small_model, tmp_path_factory, warm_at_once) -> Path:
+def learned(small_model, tmp_path_factory) -> Path:
     """A run with four meta-gradients, saved at steps 4 and 5."""
     folder = tmp_path_factory.mktemp("learned") / "r"
-    assert run_here(amft, "--model", small_model, *LEARNED, "--output-dir", folder) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        warm_at_once(patch)
+        assert run_here(amft, "--model", small_model, *LEARNED, "--output-dir", folder) == 0
     return folder
 
 
@@ -422,9 +421,10 @@ def test_all_samples_are_counted(learned):
     assert [row["samples/validation"] for row in rows] == [0, 16, 16, 16, 16]
 
 
-def test_mu_resumes_to_the_last_bit(learned, small_model, tmp_path):
+def test_mu_resumes_to_the_last_bit(learned, small_model, tmp_path, monkeypatch):
     """After three meta-gradients the next one moves mu as in the uninterrupted run: the squares of
     the running RMS are in the checkpoint."""
+    warm_at_once(monkeypatch)
     rows = logged(learned)
     assert [row["mu_change/meta_gradient"] != 0 for row in rows[1:]] == [False, False, True, True]
     cut = tmp_path / "cut"
@@ -441,6 +441,7 @@ def test_mu_resumes_to_the_last_bit(learned, small_model, tmp_path):
 def test_sigterm_in_any_rollout(key, learned, small_model, tmp_path, monkeypatch):
     """What a broken off rollout holds is not learned from, nor written: the resumed run is the
     uninterrupted one."""
+    warm_at_once(monkeypatch)
     play_of_actor, signals = amft.Actor.play, []
 
     def play(self, game, seeds, samples, its_key, *args, **kwargs):
@@ -458,8 +459,9 @@ def test_sigterm_in_any_rollout(key, learned, small_model, tmp_path, monkeypatch
     assert_same_run(tmp_path / "r", learned)
 
 
-def test_a_step_with_a_meta_gradient_is_the_same_step(small_model, tmp_path, warm_at_once):
+def test_a_step_with_a_meta_gradient_is_the_same_step(small_model, tmp_path, monkeypatch):
     """At mu = 0.8, whose parts differ: differentiating the step does not change it."""
+    warm_at_once(monkeypatch)
     weights, norms = [], []
     for ablation in ([], ["--no-meta-gradient"]):
         flags = ["--model", small_model, *PARITY_RUN, "--steps", "1", "--mu-every", "1"]
