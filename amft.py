@@ -1243,7 +1243,7 @@ def needs(args: Args, config, world: World, longest: int) -> Needs:
     """Bytes on each rank: weights, Adam's moments, G (and D), and what a batch or rollout takes."""
     n, cuda = parameter_count(config, args.trust_remote_code), world.device.type == "cuda"
     width, shard = 2 if cuda else 4, 4 * n / world.shards
-    device, host = {"weights": shard, "Adam": 2 * shard, "G": shard}, {}
+    device, host = {"weights": shard, "Adam": 2 * shard, "G and its clipped copy": 2 * shard}, {}
     if METHODS[args.method].learns_mu:
         device["D"] = shard
     if cuda and args.cpu_offload:
@@ -1408,7 +1408,6 @@ def main(args: Args, world: World) -> int:
             run.evaluation(step, results, lines, samples=shown)
         if run.is_over(step):
             break
-        torch.manual_seed(hash((args.seed, step, world.rank)) % 2**31)  # dropout
         warming = step < args.warmup_steps
         mu = 1.0 if warming else method.mu(args, step, controller)
         if controller.wants_target(step):

@@ -20,7 +20,7 @@ What is done differently, and why:
 
     python fomaml.py                            # laptop: embedded model and problems, 3 minutes
     torchrun --standalone --nproc_per_node 1 fomaml.py --model meta-llama/Llama-3.2-1B --data hub \
-        --inner-lr 1e-2 --outer-lr 3e-5                                                  # one GPU
+        --inner-lr 1e-2 --outer-lr 3e-5 --activation-checkpointing                       # one GPU
     torchrun --standalone --nproc_per_node 4 fomaml.py --model Qwen/Qwen3-4B-Instruct-2507 \
         --data hub --inner-lr 1e-2 --outer-lr 3e-5 --activation-checkpointing           # four GPUs
     torchrun --nnodes 2 --nproc_per_node 8 --node_rank $R --master_addr $HOST --master_port 29500 \
@@ -70,6 +70,7 @@ from model import (
     check_positions,
     each_gradient,
     flat_like,
+    freeze_vision,
     full,
     layers_to_shard,
     learning_rate,
@@ -299,9 +300,12 @@ class MetaLearner:
     def clipped_inner_step(self, k: int, examples) -> torch.Tensor:
         """The same where the norm of the whole gradient must be known first: one more buffer."""
         loss = self.backward(examples)
-        norm = full(torch.nn.utils.get_total_norm([p.grad for p in self.params])).item()
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        norm = full(torch.nn.utils.get_total_norm(gradients)).item()
         scale = min(1.0, self.args.inner_clip / (norm + 1e-6))
         for i, p in enumerate(self.params):
+            if p.grad is None:  # not reached by this batch
+                continue
             self.inner_step(k, i, local(p.grad) * scale if scale < 1 else local(p.grad))
             p.grad = None
         return loss
@@ -522,6 +526,7 @@ def build(args: Args, config, world: World):
         source = load_weights(args.model, trust_remote_code=args.trust_remote_code)
     attention = "eager" if args.meta_gradient == "maml" else None  # it has second derivatives
     model = skeleton(config, attention=attention, trust_remote_code=args.trust_remote_code)
+    freeze_vision(model)
     if args.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     blocks = layers_to_shard(model)

@@ -23,9 +23,11 @@ What is done differently, and why:
 
     python meta_lora.py                                          # laptop: embedded model, 3 minutes
     torchrun --standalone --nproc_per_node 1 meta_lora.py --model meta-llama/Llama-3.2-1B \
-        --data hub --steps 3000 --inner-lr 1e-4 --outer-lr 5e-5                          # one GPU
+        --data hub --steps 3000 --inner-lr 1e-4 --outer-lr 5e-5 \
+        --activation-checkpointing                                                       # one GPU
     torchrun --standalone --nproc_per_node 4 meta_lora.py --model Qwen/Qwen3-4B-Instruct-2507 \
-        --data hub --steps 3000 --inner-lr 1e-4 --outer-lr 5e-5                         # four GPUs
+        --data hub --steps 3000 --inner-lr 1e-4 --outer-lr 5e-5 \
+        --activation-checkpointing                                                      # four GPUs
     torchrun --nnodes 2 --nproc_per_node 8 --node_rank $R --master_addr $HOST --master_port 29500 \
         meta_lora.py --tasks-per-step 16 ...                                            # two nodes
 """

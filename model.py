@@ -291,6 +291,15 @@ def check_positions(config, tokens: int, flags: str) -> None:
         )
 
 
+def freeze_vision(model) -> None:
+    """Of a model with a vision part only what text reaches is trained."""
+    if hasattr(model.config, "vision_config"):
+        reached = [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]
+        model.requires_grad_(False)
+        for p in reached:
+            p.requires_grad_(True)
+
+
 def turn_off_dropout(model) -> None:
     """For reinforcement learning: the policy that is trained must be the one that was sampled."""
     for module in model.modules():
