@@ -11,15 +11,17 @@ of tuples ("num", 3), ("add", a, b), ("tuple", "(", ")", a, b) ... by a parser o
 from a text is executed, and no sympy parser sees it. Two readable answers are equal if the
 mathematics says so and for no other reason; text decides only where one of them cannot be read.
 
-sympy decides what is exact: a tree is built into its numbers, roots and polynomials node by node,
-each within limits of size, and what sampling finds equal must not be refuted by its `expand`.
-Our own, because sympy is unsafe or far too slow there (measured with sympy 1.14):
+Trees become sympy's objects node by node, within limits of size: numbers, roots, polynomials,
+matrices; a rational difference decides, and what sampling finds equal must not be another
+polynomial than 0. Our own, because sympy is unsafe or far too slow there (sympy 1.14):
 - Values of functions: mpmath numbers at 50 and 300 digits, in a context of each thread. `evalf`
   works with mpmath's global precision, which threads share; and \sqrt[3]{-8} is -2 here.
+  So a function of anything but rational numbers stays an unevaluated name in the tree: sympy's
+  automatic evaluation of nested ones asks its assumptions, without a bound on time.
 - Expressions with letters: numbers at consecutive integers and at reals of both signs and several
-  magnitudes. `simplify` and `equals` have no bound on time, and reject true identities.
-- Sets of reals: compared at their ends, between and beyond. A `Union` of 20 intervals takes 92 ms.
-- Matrices and tuples: their entries are trees, each of which may be anything that we read.
+  magnitudes. `simplify` and `equals` have no bound on time, and do not prove all true identities.
+- Sets of reals: compared at their ends, beside them and between. A `Union` of 20 intervals takes
+  92 ms in sympy.
 
 Every limit comes before the work: characters, nesting, digits, exponents, evaluated nodes. No
 signals, clocks, processes or caches; any object is a valid argument; works in any thread.
@@ -778,7 +780,11 @@ class Parser:
                 tree = factor = self.unit(tree)
             elif self.take(r"\$"):
                 tree = ("unit", tree, "$^1")
-            elif self.kind() == "num" and factor[0] not in ("pow", "div"):
+            elif (
+                self.kind() == "num"
+                and factor[0] != "pow"
+                and self.peek(-1) not in (")", "}", "]", "!")
+            ):
                 raise Limit  # "2 3" is no product; 2^6 3^5 and \frac12 3^n are
             elif self.starts_factor():
                 tree = ("mul", tree, factor := self.power())
@@ -1136,7 +1142,7 @@ def to_sympy(tree, budget: list, indices: dict):
     if op == "const" and tree[1] != "inf":
         return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I}[tree[1]]
     if op == "sym":
-        return indices.get(tree[1]) or sympy.Symbol(tree[1])
+        return indices[tree[1]] if tree[1] in indices else sympy.Symbol(tree[1])
     if op == "expr":
         return tree[1]
     if op in ("sum", "prod", "int"):
@@ -1192,9 +1198,9 @@ def power(base, exponent):
         if base.p.bit_length() + base.q.bit_length() <= 128:
             odd = base < 0 and exponent.q % 2  # then the real root
             return (-1) ** exponent.p * (-base) ** exponent if odd else base**exponent
-    if exponent.is_Integer and abs(exponent) <= 60 and not base.is_Mul:
+    if exponent.is_Integer and abs(exponent) <= 60 and not (base.is_Mul or base.is_Pow):
         return base**exponent
-    return sympy.Pow(base, exponent, evaluate=False)
+    return sympy.Function("pow")(base, exponent)  # sympy evaluates its own in a product
 
 
 def function(f: str, args: list):
@@ -1229,10 +1235,15 @@ def series(tree, budget: list, indices: dict):
     high = sympy.oo if infinite else to_sympy(high, budget, indices)
     inner = to_sympy(body, budget, indices | {letter: index})
     if kind == "int":
-        if terms_of(inner) > MAX_TERMS or not inner.is_polynomial(index) or infinite:
+        if size_of(inner) > MAX_TERMS or not inner.is_polynomial(index) or infinite:
             raise Limit
-        whole = sympy.Poly(inner, index).integrate().as_expr()
-        return whole.subs(index, high) - whole.subs(index, low)
+        ends = []
+        for end in (low, high):
+            value = sympy.Integer(0)
+            for coefficient in sympy.Poly(inner, index).integrate().all_coeffs():
+                value = limited(value * end + coefficient)
+            ends.append(value)
+        return ends[1] - ends[0]
     if not (low.is_Integer and high.is_Integer):
         return sympy.Function(kind)(index, low, high, inner)
     if high - low > MAX_TERMS:
@@ -1244,15 +1255,15 @@ def series(tree, budget: list, indices: dict):
     return value
 
 
-def terms_of(expression) -> int:
-    """How many terms the expanded expression has, at most."""
+def size_of(expression) -> int:
+    """How many terms the expanded expression has, or its degree, at most."""
     if expression.is_Add:
-        return min(sum(map(terms_of, expression.args)), 10**6)
+        return min(sum(map(size_of, expression.args)), 10**6)
     if expression.is_Mul:
-        return min(prod(map(terms_of, expression.args)), 10**6)
+        return min(prod(map(size_of, expression.args)), 10**6)
     if expression.is_Pow and expression.exp.is_Integer:
-        n = terms_of(expression.base)
-        return 1 if n == 1 else min(n ** min(abs(int(expression.exp)), 20), 10**6)
+        n, exponent = size_of(expression.base), min(abs(int(expression.exp)), 10**6)
+        return min(n ** min(exponent, 20) if n > 1 else exponent, 10**6)
     return 1
 
 
@@ -1298,8 +1309,8 @@ class Number:
         args = [self(t, point) for t in x.args]
         if x.is_Add or x.is_Mul:
             value = mp.fsum(args) if x.is_Add else mp.fprod(args)
-        elif x.is_Pow:
-            value = self.power(*args, x.exp)
+        elif x.is_Pow or f == "pow":
+            value = self.power(*args, x.args[1])
         else:
             value = self.function(f, args)
         if mp.isnan(value) or mp.isinf(value):
@@ -1764,7 +1775,7 @@ def refuted(apart) -> bool:
     would have many terms."""
     import sympy
 
-    if terms_of(apart) > MAX_TERMS:
+    if size_of(apart) > MAX_TERMS:
         return False
     try:
         return not sympy.Poly(apart, *apart.free_symbols, domain="QQ").is_zero

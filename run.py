@@ -479,16 +479,16 @@ class Run:
                 f"--output-dir {self.folder} --resume"
             )
         elif self.world.rank == 0:
-            import plots
-
             if self.evaluations:
                 first, last = min(self.evaluations), max(self.evaluations)
                 self.world.say("\n" + table(self.evaluations[first], self.evaluations[last]))
-            plots.figure([self.folder], self.folder / picture)
-            self.world.say(
-                f"\n{time.time() - self.began:.0f} s; model: {self.folder / 'checkpoint'}; "
-                f"picture: {self.folder / picture}{files}"
-            )
+            line = f"\n{time.time() - self.began:.0f} s; model: {self.folder / 'checkpoint'}"
+            if importlib.util.find_spec("plots"):  # a fork may leave it out
+                import plots
+
+                plots.figure([self.folder], self.folder / picture)
+                line += f"; picture: {self.folder / picture}"
+            self.world.say(line + files)
         return 0
 
 
