@@ -50,7 +50,7 @@ MAX_DIGITS = 600  # of one number
 MAX_BITS = 40_000  # of an exact result
 MAX_LOG2 = 100_000  # |log2| of a floating-point result
 MAX_NODES = 3000  # tree nodes evaluated for one question
-MAX_TERMS = 300  # of a sum, a product or an expanded polynomial
+MAX_TERMS = 200  # of a sum, a product or an expanded polynomial
 DIGITS = (50, 300)  # of the two precisions
 
 
@@ -1152,7 +1152,8 @@ def to_sympy(tree, budget: list, indices: dict):
         return sympy.Matrix([[to_sympy(t, budget, indices) for t in row] for row in rows])
     if op not in ("neg", "add", "mul", "div", "pow", "deg", "percent", "fun"):
         raise Limit
-    args = [to_sympy(t, budget, indices) for t in tree[1 + (op == "fun") :]]
+    children = factors(tree) if op == "mul" else tree[1 + (op == "fun") :]
+    args = [to_sympy(t, budget, indices) for t in children]
     if args[-1].is_Matrix and op in ("pow", "div", "percent", "deg"):
         raise Limit
     if op == "fun":
@@ -1161,18 +1162,41 @@ def to_sympy(tree, budget: list, indices: dict):
         return limited(power(*args))
     if op == "div" and args[1] == 0:
         raise ZeroDivisionError
-    value = args[0]
-    for x in args[1:]:
-        value = limited(value + x if op == "add" else value * x if op == "mul" else value / x)
-    scale = {"neg": -1, "percent": sympy.Rational(1, 100), "deg": sympy.pi / 180}
-    return scale[op] * value if op in scale else value
+    if op in ("add", "mul"):
+        return combined(op, args)
+    if op == "div":
+        return limited(args[0] / args[1])
+    return {"neg": -1, "percent": sympy.Rational(1, 100), "deg": sympy.pi / 180}[op] * args[0]
+
+
+def factors(tree) -> list:
+    found = []
+    while tree[0] == "mul":
+        found.append(tree[2])
+        tree = tree[1]
+    return [tree, *reversed(found)]
+
+
+def combined(op: str, args: list):
+    """The sum or product, in one step: sympy sorts all terms in each."""
+    import sympy
+
+    if any(x.is_Matrix for x in args):
+        return sum(args[1:], args[0]) if op == "add" else prod(args[1:], start=args[0])
+    if sum(bits(x) for x in args) > 4 * MAX_BITS:
+        raise TooLarge
+    return limited(sympy.Add(*args) if op == "add" else sympy.Mul(*args))
+
+
+def bits(x) -> int:
+    """The size of an expression's rational factor."""
+    n = x.as_coeff_Mul()[0]
+    return n.p.bit_length() + n.q.bit_length() if n.is_Rational else 0
 
 
 def limited(value):
-    if not value.is_Matrix:
-        number = value.as_coeff_Mul()[0]
-        if number.is_Rational and number.p.bit_length() + number.q.bit_length() > MAX_BITS:
-            raise TooLarge
+    if not value.is_Matrix and bits(value) > MAX_BITS:
+        raise TooLarge
     return value
 
 
@@ -1248,11 +1272,9 @@ def series(tree, budget: list, indices: dict):
         return sympy.Function(kind)(index, low, high, inner)
     if high - low > MAX_TERMS:
         raise Limit
-    value = sympy.Integer(kind == "prod")
-    for k in range(int(low), int(high) + 1):
-        term = to_sympy(body, budget, indices | {letter: sympy.Integer(k)})
-        value = limited(value + term if kind == "sum" else value * term)
-    return value
+    steps = [indices | {letter: sympy.Integer(k)} for k in range(int(low), int(high) + 1)]
+    terms = [to_sympy(body, budget, values) for values in steps]
+    return combined("add" if kind == "sum" else "mul", terms or [sympy.Integer(kind == "prod")])
 
 
 def size_of(expression) -> int:
@@ -1347,9 +1369,9 @@ class Number:
             "factor",
             "binomi",
         ):
-            if any(
-                isinstance(v, mp.mpc) or (abs(v) > 1500 and f[:2] in ("fa", "bi")) for v in args
-            ):
+            gamma = f[:6] in ("factor", "binomi")
+            self.budget[0] -= 60 * self.cost * (gamma and not all(map(mp.isint, args)))
+            if any(isinstance(v, mp.mpc) or (gamma and abs(v) > 1500) for v in args):
                 raise Limit
             near_whole = [mp.nint(v) if abs(v - mp.nint(v)) < 1e-40 else v for v in args]
             if f in ("gcd", "lcm"):
@@ -1582,7 +1604,7 @@ class Same:
         if len(a) != 2 or len(b) != 2 or symbols(a) != symbols(b) or not symbols(a):
             return False
         first, compared = None, 0
-        for u, v in self.values([self.apart(*a), self.apart(*b)]):
+        for _, (u, v) in self.values([self.apart(*a), self.apart(*b)]):
             if context().mpc in (type(u), type(v)):
                 continue
             if (u == 0) != (v == 0) or (signed and u * v < 0):
@@ -1705,7 +1727,7 @@ class Same:
         constant = [without_constant(t) for t in (a, b)]
         if all(constant):  # F + C and G + C: F - G is the same everywhere
             apart = self.apart(*constant)
-            found = [v for (v,) in self.values([apart])]
+            found = [v for _, (v,) in self.values([apart])]
             enough = len(found) > 2 or not letters(apart)
             return enough and all(abs(v - found[0]) < 1e-25 for v in found)
         x, y = (to_sympy(t, self.budget, {}) for t in (a, b))
@@ -1723,7 +1745,7 @@ class Same:
         return to_sympy(("add", a, ("neg", b)), self.budget, {})
 
     def values(self, expressions: list, log10: bool = False):
-        """The expressions' values at each point where they have one."""
+        """(point, the expressions' values) wherever they have one."""
         evaluate = Number(self.budget, 0, log10)
         for point in points(sorted(letters(*expressions))):
             try:
@@ -1732,8 +1754,7 @@ class Same:
                 if self.budget[0] < 0:
                     raise
                 continue
-            self.point = point
-            yield found
+            yield point, found
 
     def agree(self, x, y, log10: bool) -> bool:
         """sympy's verdict on numbers, else equal wherever both are real (everywhere, where i occurs
@@ -1747,7 +1768,7 @@ class Same:
         constant = not letters(apart)
         everywhere = constant or apart.has(sympy.I)
         compared, complex_values = 0, []
-        for u, v in self.values([x, y], log10):
+        for point, (u, v) in self.values([x, y], log10):
             if not everywhere and mpc in (type(u), type(v)):
                 complex_values.append(near(u, v))
                 continue
@@ -1755,7 +1776,7 @@ class Same:
             if not alike and gap > 1e-25 * max(1, abs(u)):
                 return False
             if not alike or compared < 2:  # at 300 digits a true zero shrinks
-                s, t = high(x, self.point), high(y, self.point)
+                s, t = high(x, point), high(y, point)
                 least = high.mp.mpf(10) ** -200
                 if abs(s - t) > least * max(abs(s), abs(t)) and abs(s - t) > least * gap:
                     return False

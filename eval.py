@@ -62,7 +62,6 @@ from measure import bootstrap, mcnemar, pass_at_k, trajectory_counts, wilson
 from model import (
     ModelError,
     World,
-    first_line,
     load_config,
     load_readers,
     load_weights,
@@ -70,7 +69,7 @@ from model import (
     token_loss,
 )
 from policy import Sample, sample
-from sources import cell_of, find_columns, texts_of
+from sources import cell_of, find_columns, reason_of, texts_of
 
 
 @dataclass
@@ -219,7 +218,7 @@ def _hub_rows(name: str):
         return datasets.load_dataset(source, config, split=split)
     except Exception as e:  # of many kinds; the user needs the one line
         raise DataError(
-            f"cannot load {source} from the hub: {first_line(e)} (local files: --data PATH)"
+            f"cannot load {source} from the hub: {reason_of(e)} (local files: --data PATH)"
         ) from None
 
 
@@ -713,7 +712,7 @@ def study_model(args: Args, model_name: str):
         try:
             model = peft.PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
         except Exception as e:  # many kinds: no such folder, other layers, cut files
-            raise ModelError(f"cannot load the adapter {args.adapter}: {first_line(e)}") from None
+            raise ModelError(f"cannot load the adapter {args.adapter}: {reason_of(e)}") from None
     return model
 
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from data import template
+from sources import reason_of
 
 EMBEDDED = {
     name: Path(__file__).resolve().parent / "tiny" / "models" / name
@@ -139,12 +140,6 @@ def resolve(name: str) -> str:
     return name
 
 
-def first_line(error: Exception) -> str:
-    """What a library's error says, for a message of one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
 def load_config(name: str, trust_remote_code: bool = False):
     """(config, tokenizer) without the weights. Raises ModelError for an unknown model."""
     from transformers import AutoConfig, AutoTokenizer
@@ -155,7 +150,7 @@ def load_config(name: str, trust_remote_code: bool = False):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as e:  # many kinds: hub, network, JSON, unknown architecture
         raise ModelError(
-            f"cannot load model {name}: {first_line(e)} (use tiny, a local folder, or a hub name)"
+            f"cannot load model {name}: {reason_of(e)} (use tiny, a local folder, or a hub name)"
         ) from None
     _give_pad_token(tokenizer, name)
     if not hasattr(config.get_text_config(), "num_attention_heads"):
@@ -183,7 +178,7 @@ def load_processor(name: str, trust_remote_code: bool = False):
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as e:
-        raise ModelError(f"cannot load the processor of {name}: {first_line(e)}") from None
+        raise ModelError(f"cannot load the processor of {name}: {reason_of(e)}") from None
     if not hasattr(processor, "image_processor"):
         raise ModelError(
             f"{name} takes no pictures: use tiny_vision or a model of AutoModelForImageTextToText"
@@ -223,7 +218,7 @@ def load_weights(name: str, dtype: torch.dtype = torch.float32, trust_remote_cod
             path, dtype=dtype, trust_remote_code=trust_remote_code
         )
     except Exception as e:  # many kinds: missing, cut or foreign files, shapes unlike the config
-        raise ModelError(f"cannot load the weights of {name}: {first_line(e)}") from None
+        raise ModelError(f"cannot load the weights of {name}: {reason_of(e)}") from None
 
 
 def skeleton(

@@ -22,16 +22,15 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from data import DataError
 from model import (
     EMBEDDED,
     ModelError,
     World,
-    first_line,
     full_weights,
     save_pretrained,
     setup,
 )
+from sources import DataError, reason_of
 
 # --------------------------------------------------------------------------------------------------
 # The run folder and its checkpoints
@@ -136,11 +135,11 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], extra: dict, ke
 CHECKPOINT_ERRORS = (Exception, CheckpointException)
 
 
-def reason_of(error: BaseException) -> str:
+def checkpoint_reason(error: BaseException) -> str:
     """What such an error says, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
         error, _ = next(iter(error.failures.values()))  # of some rank
-    return first_line(error)
+    return reason_of(error)
 
 
 class ModelCheckpoint:
@@ -328,7 +327,7 @@ class Run:
                 self.own_state.update({k: saved[k] for k in self.own_state})
                 self.checkpoint.read(folder)
             except CHECKPOINT_ERRORS as e:  # whatever a half-written or overwritten file leads to
-                self.world.say(f"warning: {folder} is damaged ({reason_of(e)})")
+                self.world.say(f"warning: {folder} is damaged ({checkpoint_reason(e)})")
                 continue
             return True
         if found:
@@ -457,7 +456,7 @@ class Run:
             except CHECKPOINT_ERRORS as e:  # a full disk is an error of many classes
                 good = checkpoints(self.folder)[-1:] or ["none"]
                 raise ModelError(
-                    f"cannot write a checkpoint: {reason_of(e)}. Last good one: {good[0]}"
+                    f"cannot write a checkpoint: {checkpoint_reason(e)}. Last good one: {good[0]}"
                 ) from None
             self.saved_at = self.state["step"]
 

@@ -382,7 +382,7 @@ def test_checker_fuzz():
 
     def work(seed: int) -> None:
         rng = random.Random(seed)
-        for _ in range(600):
+        for _ in range(400):
             a, b = (mutated(mutated(rng.choice(texts), rng), rng) for _ in range(2))
             start = time.thread_time()
             verdicts = [checker.grade(a, b), checker.is_equal(a, b)]
@@ -478,7 +478,7 @@ def test_checker_golds():
     rng, accepted = random.Random(0), []
     for golds in files:
         distinct = sorted(set(golds))
-        for _ in range(len(golds)):
+        for _ in range(len(golds) // 2):
             a, b = rng.sample(distinct, 2)
             if checker.is_equal(a, b) and {a, b} not in JUDGED_EQUAL:
                 accepted.append((a, b))
