@@ -522,8 +522,8 @@ REST_OF_TEMPLATE = (
 )
 DATED = {
     "may be given": (
-        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}"
-        "{% endif %}<|system|>Today Date: {{ date_string }}"
+        "{% set form = '%d %b %Y' %}{% if date_string is not defined %}"
+        "{% set date_string = strftime_now(form) %}{% endif %}<|system|>Today Date: {{ date_string }}"
     ),
     "always asks": "<|system|>Today Date: {{ strftime_now('%d %b %Y') }}",
 }
