@@ -10,9 +10,10 @@ Nichol et al. 2018, Reptile, arXiv 1803.02999.
 What is done differently, and why:
 1. The inner SGD step runs inside backward, on the local FSDP2 shards, gradient by gradient; the
    query gradient goes straight into one accumulator. So memory is five parameter-sized buffers
-   (weights, copy of theta, accumulator, Adam's two) for any T and K.
-2. theta is restored by copying, bit for bit. Gradients come from plain backward(), so the weights
-   that the forward pass used are the weights that the backward pass sees, on every rank.
+   (weights, copy of theta, accumulator, Adam's two) for any T and K. A weight may change there, as
+   its gradient is complete only once this backward pass has used it for the last time (a tied
+   weight after both uses); a test compares the steps with torch.func's.
+2. theta is restored by copying, bit for bit, after every task.
 3. Episodes are a function of (seed, step, place in the meta-batch); a resumed run equals an
    uninterrupted one bit for bit on CPU. Every inner step takes fresh support rows.
 4. --meta-gradient also takes reptile, maml (exact, second order) and joint (no inner loop: the
@@ -111,8 +112,8 @@ class Args:
     task_column: str | None = None
     """What makes a task: a column of the data (embedded problems: family or subject)."""
     heldout_subjects: tuple[str, ...] = ()
-    """Tasks or subjects kept out of meta-training; evaluation adapts to them. Without: the source's
-    own, else the test rows."""
+    """Tasks or subjects kept out of meta-training; evaluation adapts to them. Default: the source's
+    own; if it has none, the test rows of all tasks."""
     support_ratio: float = 0.30
     """Share of a task's rows for the inner loop."""
     query_ratio: float = 0.40
@@ -130,7 +131,7 @@ class Args:
     """fomaml; reptile (theta += epsilon mean(theta_i - theta), K+1 inner steps); maml (exact second
     order, one process); joint (no inner loop, one AdamW step on all rows of the meta-batch)."""
     inner_steps: int = 10
-    """K, inner steps per task (reference setting: 5)."""
+    """K, inner steps per task (the public reference trainer's setting, docs/fomaml.md: 5)."""
     inner_lr: float = 0.1
     """alpha. Check that it adapts: 0.1 suits the tiny model, 1e-2 SmolLM2-135M, 1e-4 (the reference
     setting) moves nothing with SGD."""
@@ -317,7 +318,10 @@ class MetaLearner:
         return self.backward(examples, partial(self.inner_step, k))
 
     def adapt(self, support) -> torch.Tensor:
-        """The inner loop: from theta to theta_i, a step a batch. Returns the last step's loss."""
+        """The inner loop: from theta, where the weights are on entry, to theta_i, a step a batch.
+
+        Returns the last step's loss.
+        """
         if self.args.inner_optimizer == "adam":  # cold for each task
             for moment in self.moments:
                 torch._foreach_zero_(moment)
@@ -580,7 +584,7 @@ def main(args: Args, world: World) -> int:
     for step in run.steps():
         learner.keep()  # theta: where every task starts from
 
-        # Does it adapt? Test loss and exact answers before and after K steps on new tasks
+        # Measurement only: test loss and exact answers before and after K steps on new tasks
         if run.evaluation_due(step):
             torch.manual_seed(args.seed)  # dropout
             result = adaptation(
@@ -603,7 +607,7 @@ def main(args: Args, world: World) -> int:
             break
 
         # Sample the meta-batch, a function of (seed, step)
-        torch.manual_seed(hash((args.seed, step, world.replica)) % 2**31)  # dropout
+        torch.manual_seed(hash((args.seed, step, world.replica)) % 2**31)  # dropout of its tasks
         meta_batch = [
             sample_episode(tasks, args.seed, step, place, shots, args.query_batch)
             for place in range(args.tasks_per_step)
@@ -617,7 +621,8 @@ def main(args: Args, world: World) -> int:
             "joint": partial(learner.joint, learner.union_tokens(meta_batch)),
         }[args.meta_gradient]
 
-        # For all tasks of this replica: theta_i by K inner steps, g_i = grad L_query(theta_i)
+        # For all tasks of this replica: theta_i by K inner steps, g_i = grad L_query(theta_i). The
+        # losses are parts of all ranks; gradients FSDP2 has already reduced within a replica
         tokens_before = learner.tokens_seen
         torch._foreach_zero_(learner.meta_gradient)
         losses = torch.zeros(args.tasks_per_step, 3, device=world.device)  # support, query, before

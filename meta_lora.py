@@ -104,8 +104,8 @@ class Args:
     task_column: str | None = None
     """What makes a task: a column of the data (embedded problems: family or subject)."""
     heldout_subjects: tuple[str, ...] = ()
-    """Tasks or subjects kept out of meta-training; evaluation adapts to them. Without: the source's
-    own, else the test rows."""
+    """Tasks or subjects kept out of meta-training; evaluation adapts to them. Default: the source's
+    own; if it has none, the test rows of all tasks."""
     support_ratio: float = 0.30
     """Share of a task's rows for stage 1."""
     query_ratio: float = 0.40
@@ -534,7 +534,7 @@ def main(args: Args, world: World) -> int:
     together = args.tasks_per_forward or per_rank
 
     for step in run.steps():
-        # Does it adapt? Test loss and exact answers before and after K steps on new tasks
+        # Measurement only: test loss and exact answers before and after K steps on new tasks
         if run.evaluation_due(step):
             torch.manual_seed(args.seed)  # dropout: the same on every rank, as all adapt together
             learner.restore()

@@ -523,7 +523,8 @@ REST_OF_TEMPLATE = (
 DATED = {
     "may be given": (
         "{% set form = '%d %b %Y' %}{% if date_string is not defined %}"
-        "{% set date_string = strftime_now(form) %}{% endif %}<|system|>Today Date: {{ date_string }}"
+        "{% set date_string = strftime_now(form) %}{% endif %}"
+        "<|system|>Today Date: {{ date_string }}"
     ),
     "always asks": "<|system|>Today Date: {{ strftime_now('%d %b %Y') }}",
 }
@@ -921,7 +922,7 @@ def assert_same_change(got: dict, expected: dict, start: dict, tolerance: float)
 class Descent:
     """AdamW and clipping, written out."""
 
-    def __init__(self, weights: dict, clip: float, decay: float = 0.01):
+    def __init__(self, weights: dict, clip: float, decay: float = 0.5):
         self.weights = {name: w.detach().double() for name, w in weights.items()}
         self.m = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.v = {name: torch.zeros_like(w) for name, w in self.weights.items()}
@@ -1006,13 +1007,14 @@ class MetaReference:
         return descent
 
 
-THREE_STEPS = ["--steps", "3", "--warmup-ratio", "0.1", "--gain-every", "0"]
+THREE_STEPS = [
+    "--steps", "3", "--warmup-ratio", "0.1", "--gain-every", "0", "--weight-decay", "0.5",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["fomaml", "reptile", "maml", "joint"])
 def test_first_steps_of_fomaml(method, small_model, sums, tmp_path):
-    """Each way to take the meta-gradient; clipping to half the norm of the first changes the
-    result."""
+    """Each way to take the meta-gradient, its norm over the limit; learning rate and decay too."""
     flags = [*settings_of("fomaml", small_model, sums), *THREE_STEPS, "--meta-gradient", method]
     clip = 1.0
     assert run_here(fomaml, *flags, "--clip", clip, "--output-dir", tmp_path / "r") == 0
@@ -1064,7 +1066,7 @@ def test_first_steps_of_meta_lora(small_model, sums, tmp_path):
 def amft_reference(model, mu: float, clip: float, steps: int) -> Descent:
     """On-policy steps on Parity: (1 - mu) REINFORCE with GRPO's advantages + mu SFT, row by row."""
     _, tokenizer = load_config("tiny")
-    descent = Descent(dict(model.named_parameters()), clip, decay=0.0)
+    descent = Descent(dict(model.named_parameters()), clip)
     for step in range(steps):
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -1096,7 +1098,7 @@ def amft_reference(model, mu: float, clip: float, steps: int) -> Descent:
 def test_first_steps_of_amft(method, mu, small_model, tmp_path, parity):
     clip = 0.5
     flags = ["--model", small_model, *PARITY_RUN, "--method", method, "--lr", "1e-3"]
-    flags += ["--mu-init", "0.8", "--steps", "3", "--clip", clip]
+    flags += ["--mu-init", "0.8", "--steps", "3", "--clip", clip, "--weight-decay", "0.5"]
     assert run_here(amft, *flags, "--output-dir", tmp_path / "r") == 0
     norms = [row["grad_norm"] for row in logged(tmp_path / "r")]
     start = load_weights(str(small_model)).state_dict()
