@@ -39,6 +39,15 @@ CPU = torch.device("cpu")
 SGD_RATE = 0.05
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are no faster with two, and much slower where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def smoke_model(tmp_path_factory):
     """A folder with a random Llama of 60k parameters and the embedded tokenizer."""
