@@ -279,7 +279,7 @@ def lora_ours(name: str, device: str, rows: int, length: int) -> Callable[[], No
     world, base = World(torch.device(device)), loaded(name, device).requires_grad_(False)
     adapters = meta_lora.Adapters(
         base,
-        r=args.r,
+        r=args.lora_r,
         alpha=args.alpha,
         dropout=args.dropout,
         target_modules=args.target_modules,
@@ -305,7 +305,7 @@ def lora_peft(name: str, device: str, rows: int, length: int) -> Callable[[], No
 
     args = meta_lora.Args()
     config = peft.LoraConfig(
-        r=args.r,
+        r=args.lora_r,
         lora_alpha=args.alpha,
         lora_dropout=args.dropout,
         target_modules=list(args.target_modules),
