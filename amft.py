@@ -71,6 +71,7 @@ from model import (
     World,
     activation_bytes,
     cache_bytes,
+    check_head,
     check_positions,
     each_gradient,
     flat_like,
@@ -87,7 +88,7 @@ from model import (
     trained_parameters,
     turn_off_dropout,
 )
-from policy import Policy, check_head, stack_inputs
+from policy import Policy, stack_inputs
 from run import (
     ModelCheckpoint,
     Needs,
@@ -1257,7 +1258,7 @@ def needs(args: Args, config, world: World, longest: int) -> Needs:
         host,
         training={
             "activations": activation_bytes(config, at_once, width, args.activation_checkpointing),
-            "logits": min(2**30, logit_bytes(config, at_once, width)),  # some at a time
+            "logits": logit_bytes(config, at_once, width),
         },
         evaluation={
             "gathered weights": width * n if cuda or world.shards > 1 else 0,

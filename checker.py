@@ -67,8 +67,9 @@ class TooLarge(Limit):
 
 TURN_ENDS = [
     "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|endoftext|>", "<|end|>", "<|start_header_id|>",
-    "<|eom_id|>", "<end_of_turn>", "<start_of_turn>", "</s>", "[INST]", "<｜end▁of▁sentence｜>",
+    "<|eom_id|>", "<end_of_turn>", "<start_of_turn>", "</s>", "[INST]", "<｜end▁of▁sentence｜>", "<|return|>",
 ]  # fmt: skip
+FINAL_CHANNEL = "<|channel|>final<|message|>"
 BOX = re.compile(
     r"\\{1,4}(?:[bB]oxed|fbox|framebox)\s{0,9}(?:(\{)|(\d|(?<=\s)[^\s{}$\\]+))|\\[{}\\]|([{}])"
 )
@@ -83,7 +84,7 @@ CLOSING = {"$$": "$$", "$": "$", "\\[": "\\]", "\\(": "\\)"}
 NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.])[-+\u2212]?[$\u20ac\u00a3]?"
     r"(?:\d{1,3}(?:[, ]\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))"
-    r"(?:e[-+]?\d+|\s?[\u00d7x]\s?10\^?\{?-?\d+\}?)?(?:\s\d{1,4}/\d{1,4}|:\d+|\s?/\s?\d+)?"
+    r"(?:e[-+]?\d+|\s?[\u00d7x]\s?10\^?\{?-?\d+\}?)?(?:\s\d{1,4}/\d{1,4}|:\d+(?:\s?[ap]\.?m\b\.?)?|\s?/\s?\d+)?"
     r"(?:\s?\\?%|\s?percent|\u00b0)?",
     re.I,
 )
@@ -99,8 +100,8 @@ STATED = re.compile(
     rf"{ANSWER}(?:\s(?:to|for|of|here|finale?|final|donc|correcta|correcte|then|must be)\b"
     rf"[^.\n:=：$]{{0,80}}?)?[\s*_]{{0,6}}{IS}"
     rf"|\b(?:correct|best|right)\s(?:option|choice|statement)[\s*_]{{0,4}}{IS}"
-    r"|\b(?:option|choice)[\s*_]{0,4}:|\b(?:choose|pick|select)\b(?=\s?[*(]{0,3}[A-J]\b)"
-    r"|(?:故选|应选|所以选|因此选|选择|选)[:：]?(?=\s?\(?[A-J])",
+    r"|\b(?:option|choice)[\s*_]{0,4}:|\b(?:choose|pick|select)\b(?:\s(?:option|choice|answer))?"
+    r"(?=\s?[*(]{0,3}[A-J]\b)|(?:故选|应选|所以选|因此选|选择|选)[:：]?(?=\s?\(?[A-J])",
     re.I,
 )
 IS_THE_ANSWER = re.compile(
@@ -111,7 +112,7 @@ IS_THE_ANSWER = re.compile(
 LEADING = re.compile(
     r"(?:[\s*#>:：=\"“”'`]|(?:is|are|was|be|exactly|precisely|approximately|about|around|roughly"
     r"|simply|just|then|thus|therefore|hence|clearly|indeed|found to be|equal to|equals|given by"
-    r"|donc|also|now|obviously|option|choice|est|es|ist)\b)+",
+    r"|donc|also|either|now|obviously|option|choice|est|es|ist)\b)+",
     re.I,
 )
 # Where an answer ends: the sentence, a reason, a remark.
@@ -131,12 +132,13 @@ SO = re.compile(
     re.I,
 )
 NOT = re.compile(r"\b(?:not|cannot|can't|isn't)\b[ a-z]{0,12}$")
-COMPOUND = re.compile(r"\b\d+ [a-z]{3,12},? and \d+ [a-z]{3,12}\b")
+COMPOUND = re.compile(r"\b\d+ [a-z]{3,12}(?:,? and|,)? \d+ [a-z]{3,12}\b")
 NONE = re.compile(r"\bno (?:real )?solutions?\b|\bdoes not exist\b|\binfinitely many\b", re.I)
 CORRECTION = re.compile(r"\b(?:wait|actually|correction|sorry|oops|hold on)\b", re.I)
 JSON_FIELD = re.compile(
     r'"(?:final_?)?answer"\s?:\s?(?:"((?:[^"\\]|\\.)*)"|(\[[^\]"]*\]|[^,"}\]\s]+))', re.I
 )
+CHOICES = re.compile(r"(?:\\text\s?\{|[(){}\s,;]|\band\b|[A-J]){2,60}")
 CHOICE_IN_TEXT = re.compile(r"\s*[*_(]{0,3}([A-J])[*_)]{0,3}(?:[.):*]|\s*$)")
 
 
@@ -215,10 +217,13 @@ def _last_value(text: str) -> str | None:
     sentences = [t for t in re.split(r"(?:[.!](?=\s|$)|[\n。])", text) if re.search(r"[\w$]", t)]
     last = SO.sub("", sentences[-1][:400]) if sentences else ""
     stated = re.search(r"\b(?:is|are|equals?|be)\s(?!.*\b(?:is|are|equals?|be)\s)(.+)", last)
+    if stated and NOT.search(last[: stated.end(0) - len(stated[1])].rstrip()):
+        stated = None
     for whole in (last, stated[1] if stated else ""):
         if not OPENING.search(last) and _readable(whole):
             return whole.strip()
-    if there := re.search(r"\b[Tt]here (?:are|is|were)\s(?:exactly |only )?(\d[\d,]*)\b", last):
+    there = re.search(r"\b[Tt]here (?:are|is|were)\s(?:exactly |only )?(\d[\d,]*|[a-z-]+)\b", last)
+    if there and (there[1][0].isdigit() or spelled(there[1])):
         return there[1]
     if none := NONE.search(last):
         return none[0]
@@ -275,7 +280,7 @@ def _clause(text: str) -> str:
     if letter := CHOICE_IN_TEXT.match(text):
         return letter[1] if len(clause) > 3 and not _readable(clause) else clause
     bounds = re.match(r"(?:between|from|at least|at most|more|less)\b", clause, re.I)
-    if bounds or not re.search(r"\d|\$|\\[(\[]", clause) or _readable(clause):
+    if re.search(r"\d.*\bor\b.*\d", clause) or bounds or not re.search(r"\d|\$|\\[(\[]", clause) or _readable(clause):
         return clause
     return _last_value(clause) or clause
 
@@ -306,6 +311,7 @@ def extract_answer(text: str) -> str | None:
     corrects it, else the <answer> or "answer" field, "#### x", the last "the answer is", a text
     that is nothing but mathematics, the last formula or number. Linear in its length."""
     text = _text(text)
+    text = text[text.rfind(FINAL_CHANNEL) + len(FINAL_CHANNEL) :] if FINAL_CHANNEL in text else text
     ends = [at for mark in TURN_ENDS if (at := text.find(mark, 1)) > 0]
     text = text[: min(ends)] if ends else text
     text = text[text.rfind("</think>") + 8 :] if "</think>" in text else text
@@ -373,7 +379,10 @@ REWRITE = [
 ]
 WHOLE_TEXT = re.compile(r"^\\(?:text|mbox|textbf|textit|mathrm)\s?\{([^{}]*)\}\W*$")
 NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen
-    fourteen fifteen sixteen seventeen eighteen nineteen twenty"""
+    fourteen fifteen sixteen seventeen eighteen nineteen""".split()
+NUMBER_WORDS = {word: n for n, word in enumerate(NUMBER_WORDS)}
+for _n, _word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split()):
+    NUMBER_WORDS[_word] = 10 * _n + 20
 SYNONYMS = {
     "dne": "doesnotexist",
     "undefined": "doesnotexist",
@@ -438,10 +447,23 @@ def clean(s: str) -> str:
             s = f"{left}={right}"
         else:
             s = left
-    number_words = NUMBER_WORDS.split()
-    if s.strip().lower() in number_words:
-        s = str(number_words.index(s.strip().lower()))
-    return s.strip()
+    return spelled(s) or s.strip()
+
+
+def spelled(s: str) -> str:
+    """"21" of "twenty-one"; "" of what is no number in words."""
+    done = hundreds = 0
+    for word in s.lower().replace("-", " ").replace(" and ", " ").split():
+        value = NUMBER_WORDS.get(word)
+        if value is not None and hundreds % (10 if value < 10 else 100) == 0:
+            hundreds += value
+        elif word == "hundred":
+            hundreds = 100 * max(1, hundreds)
+        elif word in SCALES:
+            done, hundreds = done + SCALES[word] * max(1, hundreds), 0
+        else:
+            return ""
+    return str(done + hundreds) if s.strip() else ""
 
 
 def words(s: str) -> str:
@@ -449,7 +471,8 @@ def words(s: str) -> str:
     s = re.sub(r"\\(?:text|mbox|mathrm|textbf)[a-z]{0,4}\s?\{([^{}]*)\}", r"\1", s)
     s = re.sub(r"(?<!\d)\s+|\s+(?!\d)|\\[,;!]|(?<!\\)\$", "", s)  # "2 3" is not 23
     s = re.sub(r"[A-Za-z]{2,}", lambda m: m.group().lower(), s)
-    return SYNONYMS.get(s, s)
+    none = len(s) < 60 and re.search(r"doesnotexist|no(?:real)?solution|infinitelymany", s)
+    return none[0].replace("real", "") if none else SYNONYMS.get(s, s)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -504,15 +527,21 @@ TOKEN = re.compile(
 STOP = listed("is so we it to of by be he an at do if no as us my up was has not yes are the for")
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "dozen": 12}
 UNITS = {
-    "m": "meter metre", "cm": "centimeter centimetre cm", "km": "kilometer kilometre km", "kg":
-    "kilogram kg", "mm": "millimeter millimetre mm", "s": "second sec", "h": "hour hr",
-    "min": "minute", "in": "inch inche in", "ft": "foot feet ft", "mi": "mile mi", "g": "gram",
-    "lb": "pound lb lbs", "L": "liter litre l", "ml": "mL milliliter", "$": "dollar usd",
-    "year": "year yr", "yd": "yard yd",
-    "mph": "mph", "day": "day", "unit": "unit", "cent": "cent", "week": "week",
-    "mol": "mole",
+    name: (base, Fraction(factor))
+    for base, factor, names in (
+        ("m", 1, "m meter metre"), ("m", "0.0254", "in inch inche"), ("m", "0.3048", "ft foot feet"),
+        ("m", "0.9144", "yd yard"), ("m", "1609.344", "mi mile"), ("m", "0.01", "cm"),
+        ("m", 1000, "km"), ("m", "0.001", "mm"), ("g", 1, "g gram"), ("g", 1000, "kg"),
+        ("g", "453.59237", "lb lbs pound"), ("s", 1, "s sec second"), ("s", 60, "min minute"),
+        ("s", 3600, "h hr hour"), ("s", 86400, "day"), ("s", 604800, "week"), ("year", 1, "yr year"),
+        ("L", 1, "L l liter litre"), ("L", "0.001", "ml mL"), ("$", 1, "$ dollar usd"),
+        ("$", "0.01", "cent"), ("unit", 1, "unit"), ("mol", 1, "mol mole"), ("mph", 1, "mph"),
+    )
+    for name in names.split()
 }  # fmt: skip
-UNITS = {name: unit for unit, names in UNITS.items() for name in names.split()}
+PREFIXES = {"k": 10**3, "c": Fraction(1, 100), "m": Fraction(1, 1000), "M": 10**6, "n": Fraction(1, 10**9)}
+PREFIXES |= {"kilo": 10**3, "centi": Fraction(1, 100), "milli": Fraction(1, 1000), "mega": 10**6, "nano": Fraction(1, 10**9)}
+PREFIXED = re.compile(r"([kcmMn])(m|g|s|L|l|J|N|W|V|A|C|F|T|Hz|Pa|eV|mol)|(kilo|centi|milli|mega|nano)([a-z]{3,})")
 SYMBOL = r"(?:[kcmnMµ]?(?:m|g|s|L|l|J|N|W|V|A|C|K|F|T|Hz|Pa|eV|mol)|h|ft|mi|lb|erg|min)"
 SYMBOL += r"(?:\^?\{?-?\d\}?)?"
 PLAIN_UNIT = re.compile(rf"{SYMBOL}(?:[/ ]{SYMBOL})* *$")
@@ -640,10 +669,22 @@ def _word_token(t: str, spaced: bool, tokens: list) -> None:
             )
 
 
-def unit_key(text: str) -> str:
-    """One spelling of a unit: "m/s^2", "m s^{-2}" and "meters per second squared" are the same."""
-    powers: dict[str, int] = {}
-    sign, power, last = 1, 1, ""
+def known_unit(word: str) -> tuple:
+    """(base unit, factor); a word that is no unit we know is a base unit of its own."""
+    singular = word.lower().removesuffix("s") if len(word) > 3 else word
+    if known := UNITS.get(word) or UNITS.get(singular) or UNITS.get(word.lower()):
+        return known
+    if m := PREFIXED.fullmatch(singular):
+        base, factor = known_unit(m[2] or m[4])
+        return base, factor * PREFIXES[m[1] or m[3]]
+    return singular if len(word) > 2 else word, Fraction(1)
+
+
+def unit_key(text: str) -> tuple[str, Fraction]:
+    """(base units, factor): one reading of "m/s^2", "m s^{-2}" and "meters per second squared"."""
+    found: list[list] = []
+    sign, power = 1, 1
+    text = text.replace("mph", "mi/h")
     for word, exponent, other in re.findall(r"([^\W\d_]+|\$)(?:\^?\{?(-?\d)\}?)?|(\S)", text):
         lower = word.lower()
         if lower in NO_UNIT:
@@ -652,14 +693,14 @@ def unit_key(text: str) -> str:
             sign = -1
         elif lower in ("square", "sq", "cubic"):
             power = 3 if lower == "cubic" else 2
-        elif lower in ("squared", "cubed"):
-            powers[last] = powers.get(last, 1) * (3 if lower == "cubed" else 2)
+        elif lower in ("squared", "cubed") and found:
+            found[-1][2] *= 3 if lower == "cubed" else 2
         elif word:
-            singular = lower.removesuffix("s") if len(lower) > 3 else lower
-            last = UNITS.get(word, UNITS.get(singular, singular if len(word) > 2 else word))
-            powers[last] = powers.get(last, 0) + sign * int(exponent or power)
+            found.append([*known_unit(word), sign * int(exponent or power)])
             power = 1
-    return " ".join(f"{unit}^{n}" for unit, n in sorted(powers.items()))
+    powers = {base: sum(n for b, _, n in found if b == base) for base, _, _ in found}
+    factor = prod((f**n for _, f, n in found), start=Fraction(1))
+    return " ".join(f"{base}^{n}" for base, n in sorted(powers.items())), factor
 
 
 def negate(tree):
@@ -779,7 +820,11 @@ class Parser:
             elif self.kind() == "text":
                 tree = factor = self.unit(tree)
             elif self.take(r"\$"):
-                tree = ("unit", tree, "$^1")
+                tree = ("unit", tree, *unit_key("$"))
+            elif self.kind() == "num" and tree[0] == "unit":  # 2 hours 15 minutes
+                tree = joined([tree, self.deeper(self.product)], False)
+                if tree[0] != "unit":
+                    raise Limit
             elif (
                 self.kind() == "num"
                 and factor[0] != "pow"
@@ -807,7 +852,7 @@ class Parser:
             tree = (
                 (*tree[:1], ("mul", tree[1], factor), *tree[2:]) if money else ("mul", tree, factor)
             )
-        return ("unit", tree, unit_key(text)) if text.strip() else tree
+        return ("unit", tree, *unit_key(text)) if text.strip() else tree
 
     def signed(self):
         if self.take("-"):
@@ -925,7 +970,7 @@ class Parser:
         if t == r"\$":
             tree = self.power()
             tree = self.unit(tree) if self.kind() == "text" else tree
-            return tree if tree[0] == "unit" else ("unit", tree, "$^1")
+            return tree if tree[0] == "unit" else ("unit", tree, *unit_key("$"))
         if t in (r"\sum", r"\prod", r"\int"):
             return self.series(t[1:])
         if t.startswith(r"\begin"):
@@ -1086,6 +1131,11 @@ class Parser:
 
 def joined(found: list, either: bool):
     """A list; with relations other than =, one set: "or" unites, everything else intersects."""
+    if len(found) > 1 and all(t[0] == "unit" for t in found):  # 3 hours and 20 minutes
+        bases, factors = {t[2] for t in found}, [t[3] for t in found]
+        if len(bases) == 1 and factors == sorted(set(factors), reverse=True):
+            terms = [("mul", t[1], number(t[3] / factors[0])) for t in found]
+            return ("unit", ("add", *terms), *found[0][2:])
     strict = [t for t in found if t[0] == "rel" and set(t[1]) - {"="}]
     sets = ("rel", "union", "cap", "minus", "tuple", "set", "reals")
     if len(found) == 1 or not strict or not all(t[0] in sets for t in found):
@@ -1408,21 +1458,27 @@ class Number:
 
 
 COUNTING = ("N", "n", "m", "k")  # letters for whole numbers
+LARGE = (42, 60, 127, 37182145)
 REALS = listed("0.7133 2.3617 31.47 -0.3841 -3.7219 0.1093 -12.63 4 87.91 -71.33 -3 1.2749")
-REALS = [Fraction(x) for x in REALS]
+REALS = [Fraction(x) for x in (*REALS, "12345.7", "-13579.3")]
+SHIFT = Fraction("0.3717")
 
 
-def points(names: list) -> list[dict]:
+def points(expressions: list) -> list[dict]:
     """Where expressions are compared: letters that count at consecutive numbers and some large
-    ones, the others at reals of both signs, two of them whole."""
+    ones, the others at reals of both signs, two of them whole; and all of them beside the numbers
+    that occur, where \\max(x, 200) or \\gcd(n, 29) change."""
+    names = sorted(letters(*expressions))
     counting = sorted((s for s in names if s in COUNTING), key=COUNTING.index)
+    if not names:
+        return [{}]
     chosen = []
-    for j in range(21 if counting else len(REALS) if names else 1):
+    for j in range(17 + len(LARGE) if counting else len(REALS)):
         point = {}
         for i, s in enumerate(names):
             seed = zlib.crc32(s.encode())
             if s in COUNTING:
-                n, place = (42, 60, 127, 37182145)[j - 17] if j >= 17 else j + 1, counting.index(s)
+                n, place = LARGE[j - 17] if j >= 17 else j + 1, counting.index(s)
                 point[s] = Fraction(1 + (7 * j + 3 * place) % n if place else n)
             else:
                 x = REALS[(j + seed * min(i, 1)) % len(REALS)]
@@ -1430,7 +1486,20 @@ def points(names: list) -> list[dict]:
                 # letters at the same place still differ
                 point[s] = x if x.denominator == 1 else x * (1 + Fraction(seed % 97, 1000))
         chosen.append(point)
+    for c in constants(expressions):
+        for sign in (1, -1):
+            beside = {s: sign * (c + SHIFT * (i + 1)) for i, s in enumerate(names)}
+            chosen.append(beside | {s: c * (i + 1) for i, s in enumerate(counting)})
     return chosen
+
+
+def constants(expressions: list) -> list[Fraction]:
+    """The sizes of some numbers from 20 to 10^9 in expressions."""
+    found = set()
+    for n in set().union(*(e.atoms() for e in expressions)):
+        if n.is_Rational and 20 <= abs(n) <= 10**9:
+            found.add(Fraction(int(abs(n.p)), int(n.q)))
+    return sorted(found)[:4]
 
 
 def near(x, y) -> bool:
@@ -1532,7 +1601,10 @@ class Same:
     def measured(self, a, b) -> bool:
         """Values with a unit, degrees, per cent: the mark may be missing on one side."""
         if a[0] == b[0]:
-            return a[2:] == b[2:] and self(a[1], b[1])
+            if a[2:] != b[2:]:  # 100 cm and 1 m
+                x, y = (("mul", t[1], number(t[3])) for t in (a, b))
+                return a[2] == b[2] and self(x, y)
+            return self(a[1], b[1])
         x, y = (a, b) if a[0] in MEASURES else (b, a)
         if y[0] == "rel":
             return set(y[1]) == {"="} and self.named(y, x)
@@ -1747,7 +1819,7 @@ class Same:
     def values(self, expressions: list, log10: bool = False):
         """(point, the expressions' values) wherever they have one."""
         evaluate = Number(self.budget, 0, log10)
-        for point in points(sorted(letters(*expressions))):
+        for point in points(expressions):
             try:
                 found = [evaluate(e, point) for e in expressions]
             except (ZeroDivisionError, ValueError, Limit):  # ValueError: at a pole
@@ -1894,7 +1966,8 @@ def _choice(s: str) -> tuple[str, bool]:
 def _readings(s: str, other: str) -> list:
     """The trees of an answer: of "1,234" the number, and the list too where that may be meant."""
     if not GROUPED.search(s):
-        return [parse(s)]
+        comma = re.fullmatch(r"-?\d+,\d+\D*", s) and "." in other and "," not in other
+        return [parse(s), *([parse(s.replace(",", "."))] if comma else [])]  # 3,5 is 3.5
     forms = [GROUPED.sub(lambda m: m.group().replace(",", ""), s)]
     listed_too = not GROUPED.search(other) and "," in other and not re.search(r",0\d\d", s)
     listed_too |= re.fullmatch(r"\d{3}(,\d{3}){2,200}", s) is not None
@@ -1943,6 +2016,10 @@ def is_equal(prediction: str, gold: str) -> bool:
     letter, alone = _choice(g)
     if letter and alone and _choice(p)[0] == letter:
         return True
+    if CHOICES.fullmatch(p) and CHOICES.fullmatch(g):  # "A and C" is "AC"
+        found = [re.findall(r"\b[A-J]+\b", re.sub("text", "", s)) for s in (p, g)]
+        if "".join(sorted("".join(found[0]))) == "".join(sorted("".join(found[1]))):
+            return True
     return _compare(p, g)
 
 

@@ -43,7 +43,6 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.func import functional_call
 
 from data import (
     DataError,
@@ -68,6 +67,7 @@ from model import (
     World,
     activation_bytes,
     cache_bytes,
+    check_head,
     check_positions,
     each_gradient,
     flat_like,
@@ -364,13 +364,10 @@ class MetaLearner:
         theta_i = theta
 
         def mean_loss(weights, examples):
-            def model(**inputs):
-                return functional_call(self.model, weights, (), inputs)
-
             rows = [self.tokens[e.id] for e in examples]
             self.tokens_seen += sum(len(row.ids) for row in rows)
             (batch,) = self.micro_batches(rows)
-            return token_loss(model, batch) / response_tokens(rows)
+            return token_loss(self.model, batch, weights) / response_tokens(rows)
 
         for examples in chunks(episode.support, self.args.support_batch):
             support_loss = mean_loss(theta_i, examples)
@@ -550,6 +547,7 @@ def build(args: Args, config, world: World):
                 offload_policy=CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
             )
     materialize(model, source, torch.device("cpu") if args.cpu_offload else world.device)
+    check_head(model, world)
     return model.train()
 
 

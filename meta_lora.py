@@ -66,6 +66,7 @@ from model import (
     World,
     activation_bytes,
     cache_bytes,
+    check_head,
     check_positions,
     layers_to_shard,
     learning_rate,
@@ -491,6 +492,7 @@ def build(args: Args, config, world: World):
         for module in (*layers_to_shard(model), model):
             fully_shard(module, mesh=world.mesh["shard"])
     materialize(model, source, world.device)
+    check_head(model, world)
     return model.train()
 
 

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import template
@@ -309,33 +311,87 @@ def turn_off_dropout(model) -> None:
 # Loss and learning rate
 
 
-def token_losses(model, batch: dict) -> torch.Tensor:
-    """[B]: cross-entropy (nats) summed over each row's response tokens.
+def hidden_states(model, **inputs) -> torch.Tensor:
+    """[B, T, H]: what the output head reads."""
+    base = model.base_model
+    if base is model:  # Llama 4 does not say which part is without the head
+        base = model.model
+    return base(use_cache=False, **inputs)[0]
 
-    batch: input_ids and labels, each [B, T] (and pixel_values), padded on the right, so that causal
-    attention never sees the padding and no mask is needed. Logits are computed from the first
-    response token of the batch on (a multiple of 32, so that shapes repeat), and only those of
-    response tokens become fp32.
+
+def head(model, hidden: torch.Tensor) -> torch.Tensor:
+    """[n, V]: the logits of hidden states [n, H], scaled as the model's family does it."""
+    logits = model.get_output_embeddings()(hidden)
+    config = model.config.get_text_config()
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
+        logits = logits * (getattr(config, name, None) or 1)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def by_chunks(function: Callable, vocabulary: int, *rows: torch.Tensor) -> list:
+    """function of so many rows at a time that their logits are 512 MB in fp32.
+
+    Where there is more than one chunk, logits are not kept but made again in backward: those of
+    16k tokens over 152k words would be 10 GB, several times.
     """
-    labels = batch["labels"][:, 1:]  # [B, T-1]
+    size = max(1, 2**27 // vocabulary)
+    chunks = list(zip(*(x.split(size) for x in rows), strict=True))
+    if len(chunks) == 1:
+        return [function(*chunks[0])]
+    return [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
+
+
+def _token_losses(model, input_ids, labels, **pictures) -> torch.Tensor:
+    model = getattr(model, "lm", model)  # a Policy's
+    labels = labels[:, 1:]  # [B, T-1]
     wanted = labels != -100
-    length = batch["input_ids"].shape[1]
-    first = int(wanted.any(0).nonzero()[0])
-    keep = min(length, -(-(length - first) // 32) * 32)
-    pictures = {k: v for k, v in batch.items() if k not in ("input_ids", "labels")}
-    logits = model(
-        input_ids=batch["input_ids"], use_cache=False, logits_to_keep=keep, **pictures
-    ).logits  # [B, keep, V]
-    wanted, labels = wanted[:, length - keep :], labels[:, length - keep :]
-    logits = logits[:, :-1][wanted]  # [n, V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits, labels[wanted], reduction="none")
+    hidden = hidden_states(model, input_ids=input_ids, **pictures)[:, :-1][wanted]  # [n, H]
+
+    def losses_of(hidden, labels):
+        logits = head(model, hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    vocabulary = model.config.get_text_config().vocab_size
+    losses = torch.cat(by_chunks(losses_of, vocabulary, hidden, labels[wanted]))
     return losses.new_zeros(len(labels)).index_add(0, wanted.nonzero()[:, 0], losses)
 
 
-def token_loss(model, batch: dict) -> torch.Tensor:
+def token_losses(model, batch: dict, weights: dict | None = None) -> torch.Tensor:
+    """[B]: cross-entropy (nats) summed over each row's response tokens.
+
+    batch: input_ids and labels, each [B, T] (and pixel_values), padded on the right, so that causal
+    attention never sees the padding and no mask is needed. Logits are made for response tokens
+    only, some at a time. weights: {name: tensor} in place of the model's own.
+
+    It runs as the model's forward: FSDP2 gathers the weights that lie outside of the blocks where
+    the model itself is called.
+    """
+    model.forward = partial(_token_losses, model)
+    try:
+        return model(**batch) if weights is None else functional_call(model, weights, (), batch)
+    finally:
+        del model.forward  # the class's own again
+
+
+def token_loss(model, batch: dict, weights: dict | None = None) -> torch.Tensor:
     """token_losses summed over the batch."""
-    return token_losses(model, batch).sum()
+    return token_losses(model, batch, weights).sum()
+
+
+@torch.no_grad()
+def check_head(model, world: World) -> None:
+    """Raises ModelError where the model makes its logits in a way that `head` does not know."""
+    lm, ids = getattr(model, "lm", model), torch.arange(2, 10, device=world.device)[None]
+    with gathered(model):
+        ours = token_loss(model, {"input_ids": ids, "labels": ids})
+        logits = lm(input_ids=ids).logits[0, :-1].float()
+    theirs = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
+    if (ours - theirs).abs() > (0.5 if world.device.type == "cuda" else 1e-3):
+        raise ModelError(f"{type(lm).__name__} makes its logits in a way that is not known here")
 
 
 def learning_rate(step: int, steps: int, warmup_ratio: float) -> float:
@@ -445,8 +501,8 @@ def activation_bytes(config, tokens: int, width: int, checkpointing: bool, adapt
 
 
 def logit_bytes(config, tokens: int, width: int) -> float:
-    """Logits and their gradient, and both in fp32 for the loss."""
-    return tokens * config.get_text_config().vocab_size * (2 * width + 8)
+    """Logits and their gradient, and both in fp32 for the loss; some tokens at a time."""
+    return min(2**30, tokens * config.get_text_config().vocab_size * (2 * width + 8))
 
 
 def cache_bytes(config, tokens: int, width: int) -> float:

@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import prompt_texts
-from model import ModelError, World, gathered
+from model import by_chunks, head, hidden_states
 
 
 class Sample(NamedTuple):
@@ -502,16 +501,6 @@ class Policy(torch.nn.Module):
     def generation_config(self, value) -> None:
         self.lm.generation_config = value
 
-    def _head(
-        self, hidden: torch.Tensor, targets: torch.Tensor, entropy_gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [n, H], targets [n] -> log pi(target) [n], entropy [n] (nats)."""
-        logits = self.lm.get_output_embeddings()(hidden)
-        if cap := getattr(self.config.get_text_config(), "final_logit_softcapping", None):
-            logits = cap * torch.tanh(logits / cap)
-        logprobs, entropy = TokenLogprobs.apply(logits, targets)
-        return logprobs, entropy if entropy_gradient else entropy.detach()
-
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -525,21 +514,16 @@ class Policy(torch.nn.Module):
         (None without a head), all [B, T-1] and 0 outside of the mask. The vocabulary is gone
         through for response tokens only, some at a time.
         """
-        base = self.lm.base_model
-        if base is self.lm:  # Llama 4 does not say which part is without the head
-            base = self.lm.model
-        hidden = base(input_ids=input_ids, use_cache=False, **inputs)[0]
+        hidden = hidden_states(self.lm, input_ids=input_ids, **inputs)
         hidden = hidden[:, :-1][mask]  # [n, H]
         targets = input_ids[:, 1:][mask]  # [n]
-        # 512 MB of fp32 logits at a time; where there are more, they are made again in backward
-        size = max(1, 2**27 // self.config.get_text_config().vocab_size)
-        head = self._head
-        if len(hidden) > size:
-            head = functools.partial(checkpoint, self._head, use_reentrant=False)
-        chunks = [
-            head(hidden[i : i + size], targets[i : i + size], entropy_gradient)
-            for i in range(0, len(hidden), size)
-        ]
+
+        def of_tokens(hidden, targets):
+            logprobs, entropy = TokenLogprobs.apply(head(self.lm, hidden), targets)
+            return logprobs, entropy if entropy_gradient else entropy.detach()
+
+        vocabulary = self.config.get_text_config().vocab_size
+        chunks = by_chunks(of_tokens, vocabulary, hidden, targets)
         logprobs, entropy = (torch.cat(c) for c in zip(*chunks, strict=True))
         values = None
         if hasattr(self, "value"):
@@ -550,16 +534,3 @@ class Policy(torch.nn.Module):
 def _spread(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[n] -> [B, T-1]: the numbers where the mask is, 0 elsewhere."""
     return x.new_zeros(mask.shape).masked_scatter(mask, x)
-
-
-@torch.no_grad()
-def check_head(policy: Policy, world: World) -> None:
-    """Raises ModelError where the model scales its logits in a way that Policy does not know."""
-    ids = torch.arange(2, 10, device=world.device)[None]
-    with gathered(policy):
-        ours, _, _ = policy(ids, torch.ones(1, 7, dtype=torch.bool, device=world.device))
-        theirs = policy.lm(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
-        theirs = theirs.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    if (ours - theirs).abs().max() > (0.1 if world.device.type == "cuda" else 1e-3):
-        name = type(policy.lm).__name__
-        raise ModelError(f"{name} scales its logits in a way that Policy does not know")

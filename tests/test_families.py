@@ -12,8 +12,8 @@ import amft
 import fomaml
 import meta_lora
 from lora import Adapters, linear_layers
-from model import ModelError, World, auto_class, load_config, turn_off_dropout
-from policy import Policy, check_head, sample
+from model import ModelError, World, auto_class, check_head, load_config, turn_off_dropout
+from policy import Policy, sample
 from tests.helpers import (
     meta_gradient,
     one_rank_mesh,

@@ -16,6 +16,7 @@ from games.play import Turn
 from model import (
     World,
     auto_class,
+    check_head,
     full,
     full_weights,
     layers_to_shard,
@@ -26,7 +27,7 @@ from model import (
     set_gradients,
     skeleton,
 )
-from policy import Policy, Prompt, check_head, sample, sample_with_pictures
+from policy import Policy, Prompt, sample, sample_with_pictures
 from tests.helpers import meta_gradient, one_rank_mesh, random_episodes, random_rows
 
 # --------------------------------------------------------------------------------------------------
