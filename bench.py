@@ -467,7 +467,7 @@ def grpo_ours(name: str, device: str) -> Callable[[], None]:
     def step() -> None:
         groups = rollout()
         _, rl = amft.rows_of(args, groups, [group[0] for group in groups])
-        learner.update(0.0, [], rl, schedule=1.0, with_D=False)
+        learner.train_on(0.0, [], rl, schedule=1.0, with_D=False)
 
     return step
 

@@ -388,7 +388,7 @@ def check_head(model, world: World) -> None:
     lm, ids = getattr(model, "lm", model), torch.arange(2, 10, device=world.device)[None]
     with gathered(model):
         ours = token_loss(model, {"input_ids": ids, "labels": ids})
-        logits = lm(input_ids=ids).logits[0, :-1].float()
+        logits = lm(input_ids=ids, use_cache=False).logits[0, :-1].float()
     theirs = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
     if (ours - theirs).abs() > (0.5 if world.device.type == "cuda" else 1e-3):
         raise ModelError(f"{type(lm).__name__} makes its logits in a way that is not known here")
@@ -477,10 +477,15 @@ def each_gradient(params: Sequence[torch.nn.Parameter], use: Callable):
 def set_gradients(params: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
     """p.grad <- this rank's shard of a gradient, without a copy where it is on p's device."""
     for p, g in zip(params, gradients, strict=True):
-        g = g.to(local(p).device)
-        if isinstance(p, DTensor):
-            g = DTensor.from_local(g, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-        p.grad = g
+        if not isinstance(p, DTensor):
+            p.grad = g.to(p.device)
+        elif local(p).device.type == p.device_mesh.device_type:
+            g = g.to(local(p).device)
+            layout = {"shape": p.shape, "stride": p.stride()}
+            p.grad = DTensor.from_local(g, p.device_mesh, p.placements, **layout)
+        else:  # offloaded: from_local would move the shard to the mesh's device
+            p.grad = torch.empty_like(p)
+            local(p.grad).copy_(g)
 
 
 # --------------------------------------------------------------------------------------------------
