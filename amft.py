@@ -41,7 +41,7 @@ Everything in which the methods differ is in the table METHODS.
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -58,7 +58,7 @@ from torch.distributed.fsdp import (
 from data import DataError, check_numbers
 from games import games_of
 from games.play import Actor, Trajectory, Turn, demonstrate
-from games.problems import load_problems
+from games.problems import load_demonstrations, load_problems
 from measure import (
     play_tests,
     rollout_metrics,
@@ -101,7 +101,7 @@ from run import (
 @dataclass
 class Args:
     """AMFT, and under the same budget: SFT, GRPO or PPO, SFT then RL, a fixed weight, CHORD, LUFFY,
-    SRFT, HPT."""
+    SRFT, HPT, GAC."""
 
     # What is trained, on what
     task: Literal["math", "general_points", "virl"] = "math"
@@ -118,6 +118,8 @@ class Args:
     """Only problems of these subjects (columns subject or type)."""
     levels: tuple[int, ...] = ()
     """Only problems of these levels."""
+    sft_data: str | None = None
+    """math: demonstrations of other problems than those of --data: a file or folder like it."""
     suffix: str | None = None
     """math: text after every problem. Default: a request to reason and to box the answer (none for
     embedded problems)."""
@@ -151,20 +153,22 @@ class Args:
 
     # The method
     method: Literal[
-        "amft", "sft", "rl", "sft_then_rl", "fixed", "chord", "luffy", "srft", "hpt"
+        "amft", "sft", "rl", "sft_then_rl", "fixed", "chord", "luffy", "srft", "hpt", "gac"
     ] = "amft"
-    """amft; sft; rl (GRPO or PPO, see --advantage); sft_then_rl; fixed (constant mu = --mu-init);
-    chord (2508.11408); luffy (2504.14945); srft (2506.19767); hpt (2509.04419)."""
+    """amft; sft; rl (GRPO or PPO, see --advantage); sft_then_rl (the warm-up, then rl with a fresh
+    optimizer); fixed (constant mu = --mu-init); chord (2508.11408); luffy (2504.14945); srft
+    (2506.19767); hpt (2509.04419); gac (mu from the gradients' noise, 2605.26184)."""
     steps: int | None = None
     """Optimizer steps (times --epochs and --minibatches), the warm-up included. By task: 80, 70,
     30."""
     warmup_steps: int | None = None
-    """W, SFT steps at the beginning, counted in --steps. Default: 5 for amft, 0 for the other
-    methods; 20 with --vision."""
+    """W, SFT steps at the beginning, counted in --steps. Default: 5 for amft, half of the steps for
+    sft_then_rl, 0 for the other methods; 20 with --vision."""
     warmup_batch: int | None = None
     """Demonstrated prompts per warm-up step. Default: --prompts-per-step; 32 with --vision."""
     warmup_lr: float | None = None
-    """Learning rate of the warm-up. Default: --lr; 1e-3 with --vision."""
+    """Learning rate of the warm-up, that is of the SFT of sft_then_rl. Default: --lr; 1e-3 with
+    --vision."""
     lr: float | None = None
     """alpha, AdamW (paper's code: 1e-6 for 7B models). Default: 3e-5; with --vision 1e-4, since
     tiny_vision is still learning to read."""
@@ -184,10 +188,16 @@ class Args:
     """G, responses per prompt (luffy: one of them is the demonstration). By task: 8, 8, 4."""
     max_new_tokens: int = 96
     """Longest response (of a turn)."""
-    advantage: Literal["grpo", "gae"] = "grpo"
-    """grpo: reward against its group; gae: PPO with a value head (the paper's)."""
+    advantage: Literal["grpo", "mean", "gae"] = "grpo"
+    """grpo: reward against its group, in standard deviations; mean: not divided by them (Dr. GRPO,
+    2503.20783); gae: PPO with a value head (the paper's)."""
     clip_ratio: float = 0.2
     """eps of the clipped surrogate."""
+    clip_ratio_high: float | None = None
+    """Its upper eps, for ratios above 1 (DAPO, 2503.14476: 0.28). Default: --clip-ratio."""
+    dynamic_sampling: int = 0
+    """Prompts whose samples are all equally good are replaced by others, in at most so many rounds
+    (DAPO; 0: they stay, and teach nothing)."""
     loss_aggregation: Literal["token", "sequence"] = "token"
     """token: mean over all response tokens (DAPO's); sequence: each response first (the original
     GRPO)."""
@@ -221,13 +231,14 @@ class Args:
     four)."""
     meta_preconditioner: Literal["adam", "none"] = "adam"
     """d theta / d mu of the clipped AdamW step (adam), or eq. (5) as printed (none)."""
-    mu_update: Literal["normalised", "printed"] = "normalised"
-    """normalised: the meta-gradient divided by its running RMS, both terms every K steps; printed:
+    mu_update: Literal["normalised", "shrunken", "printed"] = "normalised"
+    """normalised: the meta-gradient divided by its running RMS, both terms every K steps; shrunken:
+    a running mean of it over a running RMS, shrunk by how far it stands out of its noise; printed:
     eq. (6)."""
     eta_mu: float | None = None
-    """Default: 0.05 normalised, 1e-4 printed."""
+    """Default: 0.05 normalised, 0.2 shrunken, 1e-4 printed."""
     eta_entropy: float | None = None
-    """Per nat. Default: 0.05 normalised, 5e-4 printed."""
+    """Per nat. Default: 0.05 normalised and shrunken, 5e-4 printed."""
     entropy_sign: Literal["printed", "text"] = "printed"
     """printed: + eta_H (H* - H), as in eq. (6); text: the opposite, as in the paper's words."""
     validation_prompts: int | None = None
@@ -239,18 +250,17 @@ class Args:
     """Ablation: the meta-gradient alone moves mu."""
 
     # The other methods
-    sft_share: float = 0.5
-    """sft_then_rl: share of the steps that are SFT."""
+    sft_weight: Literal["none", "phi", "dft"] = "none"
+    """What a demonstration token's loss is multiplied by, p its probability now: 1; p (1 - p)
+    (CHORD's phi); p (dynamic fine-tuning, 2508.05629)."""
     chord_start: float = 0.9
-    """chord: mu at the start of its cosine."""
+    """chord: mu at the start of its cosine; with chord_end the same, a constant."""
     chord_end: float = 0.05
     """chord: mu at its end."""
-    chord_steps: int = 200
-    """chord: length of the cosine."""
+    chord_steps: int | None = None
+    """chord: length of the cosine. Default: to the end of the run."""
     chord_warmup: int = 0
     """chord: steps of linearly rising mu before it."""
-    chord_phi: bool = False
-    """chord: constant mu 0.1, each demonstration token weighted by p (1 - p)."""
     luffy_gamma: float = 0.1
     """luffy: gamma of the shaping pi / (pi + gamma)."""
     hpt_gate: int = 0
@@ -318,12 +328,14 @@ def with_defaults(args: Args) -> Args:
     }
     defaults = by_task[args.task] | {"lr": 3e-5}
     defaults["eval_problems"] = 140 if args.task == "math" else games_episodes
-    defaults["warmup_steps"] = 5 if args.method == "amft" else 0
+    args = _filled(args, {"steps": by_task[args.task]["steps"]})
+    defaults["warmup_steps"] = {"amft": 5, "sft_then_rl": args.steps // 2}.get(args.method, 0)
     if args.vision:  # tiny_vision is still learning to read
         defaults |= {"lr": 1e-4, "warmup_lr": 1e-3, "warmup_steps": 20, "warmup_batch": 32}
     args = _filled(args, defaults)
     of_these = {"warmup_batch": args.prompts_per_step, "validation_prompts": args.prompts_per_step}
-    return _filled(args, of_these | {"warmup_lr": args.lr})
+    of_these["chord_steps"] = max(1, args.steps - args.warmup_steps - args.chord_warmup)
+    return _filled(args, of_these | {"warmup_lr": args.lr, "clip_ratio_high": args.clip_ratio})
 
 
 def _filled(args: Args, defaults: dict) -> Args:
@@ -350,9 +362,9 @@ class Tokens(NamedTuple):
 
 
 def ppo_loss(t: Tokens, args: Args) -> torch.Tensor:
-    """Clipped surrogate, Schulman et al. 2017, eq. (7)."""
+    """Clipped surrogate, Schulman et al. 2017, eq. (7); with two bounds, DAPO's (2503.14476)."""
     ratio = (t.logprobs - t.old).exp()
-    clipped = ratio.clamp(1 - args.clip_ratio, 1 + args.clip_ratio)
+    clipped = ratio.clamp(1 - args.clip_ratio, 1 + args.clip_ratio_high)
     return -torch.minimum(ratio * t.advantages, clipped * t.advantages)
 
 
@@ -386,19 +398,13 @@ def srft_loss(t: Tokens, args: Args) -> torch.Tensor:
 
 
 def sft_loss(t: Tokens, args: Args) -> torch.Tensor:
-    """-log pi, eq. (2)."""
-    return -t.logprobs
+    """-log pi, eq. (2), weighted by --sft-weight; the weight is a constant to the gradient.
 
-
-def chord_sft_loss(t: Tokens, args: Args) -> torch.Tensor:
-    """-log pi; with --chord-phi each token is weighted by p (1 - p), a constant to the gradient.
-
-    CHORD-phi, 2508.11408.
+    phi: 2508.11408; dft: 2508.05629, eq. (9).
     """
-    if not args.chord_phi:
-        return sft_loss(t, args)
     p = t.logprobs.detach().exp()
-    return -(p * (1 - p)) * t.logprobs
+    weight = {"none": 1.0, "phi": p * (1 - p), "dft": p}[args.sft_weight]
+    return -weight * t.logprobs
 
 
 def auxiliary_loss(t: Tokens, args: Args) -> torch.Tensor:
@@ -540,14 +546,9 @@ def initial_mu(args: Args, step: int, controller) -> float:
     return args.mu_init
 
 
-def one_then_zero(args: Args, step: int, controller) -> float:
-    return float(step < round(args.sft_share * args.steps))
-
-
 def cosine_mu(args: Args, step: int, controller) -> float:
-    """CHORD's: a linear rise, then a cosine; constant with --chord-phi."""
-    if args.chord_phi:
-        return 0.1
+    """CHORD's: a linear rise, then a cosine."""
+    step -= args.warmup_steps
     if step < args.chord_warmup:
         return args.chord_start * (step + 1) / args.chord_warmup
     done = min(1.0, (step - args.chord_warmup) / args.chord_steps)
@@ -578,22 +579,21 @@ class Method:
     rl_mean: Callable = token_mean
     sft_mean: Callable = sft_mean
     learns_without_advantage: bool = False  # rows with advantage 0 still have a gradient
+    learns_mu: Literal["no", "by_reward", "by_noise"] = "no"  # what its controller looks at
+    fresh_optimizer: bool = False  # after the warm-up
 
     def weight_of_sft(self, mu: float) -> float:
         return 1.0 if self.demonstrations == "replaces_unsolved" else mu
 
-    @property
-    def learns_mu(self) -> bool:
-        return self.mu is learned_mu
-
 
 METHODS = {
-    "amft": Method(learned_mu),  # 2508.06944
+    "amft": Method(learned_mu, learns_mu="by_reward"),  # 2508.06944
     "sft": Method(one),
     "rl": Method(zero),  # GRPO, 2402.03300; PPO, 1707.06347, with --advantage gae
-    "sft_then_rl": Method(one_then_zero),
+    "sft_then_rl": Method(zero, fresh_optimizer=True),  # as in 2604.23747
     "fixed": Method(initial_mu),
-    "chord": Method(cosine_mu, sft_loss=chord_sft_loss),  # 2508.11408
+    "chord": Method(cosine_mu),  # 2508.11408
+    "gac": Method(learned_mu, learns_mu="by_noise"),  # 2605.26184
     "luffy": Method(zero, luffy_loss, baseline="mean", demonstrations="replaces_sample",
                     rl_mean=luffy_mean),  # 2504.14945
     "srft": Method(zero, srft_loss, demonstrations="beside_samples", rl_mean=srft_mean,
@@ -625,7 +625,8 @@ def rows_of(
         rows = [row for t in groups[i] for row in rows_of_trajectory(t, args, i)]
         if method.demonstrations in ("replaces_sample", "beside_samples"):
             rows += shown
-        advantages = group_advantages([row.reward_to_go for row in rows], method.baseline)
+        baseline = "mean" if args.advantage == "mean" else method.baseline
+        advantages = group_advantages([row.reward_to_go for row in rows], baseline)
         for row, a in zip(rows, advantages, strict=True):
             row.advantages = [a] * len(row.turn.ids)
         rl += rows
@@ -701,28 +702,43 @@ class Pass(NamedTuple):
     targets: list[tuple[list[torch.Tensor], float]]  # (buffer, factor): buffer += factor x gradient
 
 
-def passes_of(args: Args, mu: float, sft: list[Row], rl: list[Row], G, D) -> list[Pass]:
+def passes_of(
+    args: Args, mu: float, sft: list[Row], rl: list[Row], G, D=None, halves=None
+) -> list[Pass]:
     """The backward passes of a step: G = (1 - mu) g_RL + mu g_SFT + g_aux (3), D = g_SFT - g_RL.
 
-    D None: this step is not differentiated by mu.
+    D None: this step is not differentiated by mu. halves: two buffers for what the prompts of even
+    number say of g_SFT and of g_RL less what those of odd number say.
     """
     method = METHODS[args.method]
     mu_sft = method.weight_of_sft(mu)
     auxiliary = args.advantage == "gae" or args.entropy_coefficient > 0
-    if D is not None:
-        passes = [
-            Pass(sft, {"sft": (method.sft_loss, 1.0)}, [(D, 1.0), (G, mu_sft)]),
-            Pass(rl, {"rl": (method.rl_loss, 1.0)}, [(D, -1.0), (G, 1 - mu)]),
+    if D is None:
+        rl_losses = {"rl": (method.rl_loss, 1 - mu)}
+        if auxiliary:  # on the same rows: one pass for both
+            rl_losses["auxiliary"] = (auxiliary_loss, 1.0)
+        return [
+            Pass(sft, {"sft": (method.sft_loss, mu_sft)}, [(G, 1.0)]),
+            Pass(rl, rl_losses, [(G, 1.0)]),
         ]
-        if auxiliary:
-            passes.append(Pass(rl, {"auxiliary": (auxiliary_loss, 1.0)}, [(G, 1.0)]))
-        return passes
-    rl_losses = {"rl": (method.rl_loss, 1 - mu)}
-    if auxiliary:  # on the same rows: one pass for both
-        rl_losses["auxiliary"] = (auxiliary_loss, 1.0)
+    passes = [
+        Pass(sft, {"sft": (method.sft_loss, 1.0)}, [(D, 1.0), (G, mu_sft)]),
+        Pass(rl, {"rl": (method.rl_loss, 1.0)}, [(D, -1.0), (G, 1 - mu)]),
+    ]
+    if halves is not None:
+        passes = [*in_halves(passes[0], halves[0]), *in_halves(passes[1], halves[1])]
+    if auxiliary:
+        passes.append(Pass(rl, {"auxiliary": (auxiliary_loss, 1.0)}, [(G, 1.0)]))
+    return passes
+
+
+def in_halves(work: Pass, difference) -> list[Pass]:
+    """The pass in two, by the number of the prompt; `difference` gets even less odd."""
+    even = [row for row in work.rows if row.prompt % 2 == 0]
+    odd = [row for row in work.rows if row.prompt % 2 == 1]
     return [
-        Pass(sft, {"sft": (method.sft_loss, mu_sft)}, [(G, 1.0)]),
-        Pass(rl, rl_losses, [(G, 1.0)]),
+        work._replace(rows=even, targets=[*work.targets, (difference, 1.0)]),
+        work._replace(rows=odd, targets=[*work.targets, (difference, -1.0)]),
     ]
 
 
@@ -736,6 +752,7 @@ class Step:
     steps: int  # optimizer steps taken
     finite: bool  # False: G was not, and the step was left out
     sums: dict[str, float]  # of losses and what was measured, over all ranks
+    halves: tuple | None = None  # of g_SFT and of g_RL: even prompts less odd ones
 
 
 class PolicyLearner:
@@ -895,7 +912,7 @@ class PolicyLearner:
     ) -> Step:
         """The optimizer steps of a step's rows: one, or one for each epoch and minibatch.
 
-        with_D: keep d G / d mu, for step_derivative. Collective.
+        with_D: keep d G / d mu, for step_derivative or noise. Collective.
         """
         args, world, sums, taken_steps = self.args, self.world, {}, 0
         for k in range(args.epochs * args.minibatches):
@@ -904,13 +921,17 @@ class PolicyLearner:
             ]
             rl_batch = [row for row in rl if row.prompt % args.minibatches == k % args.minibatches]
             set_loss_weights(args, world, sft_batch, rl_batch)
-            G, D = self.zeros(), self.zeros() if with_D else None
-            for work in passes_of(args, mu, sft_batch, rl_batch, G, D):
+            G, D, halves = self.zeros(), None, None
+            if with_D:
+                D = self.zeros()
+            if with_D and self.method.learns_mu == "by_noise":
+                halves = self.zeros(), self.zeros()
+            for work in passes_of(args, mu, sft_batch, rl_batch, G, D, halves):
                 for name, value in self.backward(work).items():
                     sums[name] = sums.get(name, 0.0) + value
-            world.sum_over_replicas(G)
-            if with_D:
-                world.sum_over_replicas(D)
+            for buffer in (G, D, *(halves or ())):
+                if buffer is not None:
+                    world.sum_over_replicas(buffer)
             norm, taken = self.take_step(G, schedule)
             if not taken:
                 break
@@ -919,7 +940,17 @@ class PolicyLearner:
         sums = dict(zip(names, world.sum(*(sums[name] for name in names)), strict=True))
         for name in ("sft", "rl", "value"):  # means over the optimizer steps, not sums
             sums[name] /= k + 1
-        return Step(G, D, norm, taken_steps, taken, sums)
+        return Step(G, D, norm, taken_steps, taken, sums, halves)
+
+    def noise(self, step: Step) -> dict[str, float]:
+        """What GAC weighs: the variances of g_RL and g_SFT, and |g_SFT - g_RL|^2 without them.
+
+        A gradient is the sum of what two halves of its prompts say, so the square of their
+        difference estimates the variance of the sum. Collective.
+        """
+        of_sft, of_rl = (self.dot(half, half) for half in step.halves)
+        apart = self.dot(step.D, step.D) - of_sft - of_rl
+        return {"variance/rl": of_rl, "variance/sft": of_sft, "disagreement": max(0.0, apart)}
 
     def derivative_by_mu(self, step: Step) -> list[torch.Tensor] | None:
         """d theta / d mu of the last step, in D's memory; None where mu does not change it.
@@ -1026,28 +1057,52 @@ def depends_on_mu(
 # The controller of mu
 
 
-class Controller:
-    """mu and what its update remembers: eq. (6), or its normalised form.
+class Running:
+    """Running means of numbers that come together, kept in `state` (a dict of a checkpoint).
 
-    learns: whether the method's mu is learned. state is saved with every checkpoint.
+    The weight of a number falls by `decay` with each that follows; the weights sum to 1.
     """
 
-    FIRST_STEPS = 10  # optimizer steps before the first meta-gradient: Adam's moments are cold
+    def __init__(self, state: dict, decay: float):
+        self.state, self.decay = state, decay
 
-    def __init__(self, args: Args, learns: bool = True):
+    def add(self, **numbers: float) -> dict[str, float]:
+        """The means with these numbers."""
+        self.state["count"] = self.state.get("count", 0) + 1
+        weight = 1 - self.decay ** self.state["count"]
+        for name, x in numbers.items():
+            self.state[name] = self.decay * self.state.get(name, 0.0) + (1 - self.decay) * x
+        return {name: self.state[name] / weight for name in numbers}
+
+    def variance_of_mean(self) -> float:
+        """Of a running mean of independent numbers of variance 1."""
+        b, n = self.decay, self.state["count"]
+        return (1 - b) / (1 + b) * (1 - b ** (2 * n)) / (1 - b**n) ** 2
+
+
+class Controller:
+    """mu and what its update remembers: eq. (6), or one of its other forms; or GAC's.
+
+    learns: what the method's mu is learned from. state is saved with every checkpoint.
+    """
+
+    def __init__(self, args: Args, learns: Literal["no", "by_reward", "by_noise"] = "by_reward"):
         self.args, self.learns = args, learns
         self.state = {
             "mu": args.mu_init,
             "squares": [],  # of the meta-gradients so far
+            "window": {},  # running means of the meta-gradient, its square, its noise squared
+            "noise": {},  # running means of what GAC weighs
             "entropy_target": None,  # H*: of the policy after the warm-up
             "optimizer_steps": 0,
         }
-        printed = args.mu_update == "printed"
         self.eta_mu, self.eta_entropy = args.eta_mu, args.eta_entropy
         if self.eta_mu is None:
-            self.eta_mu = 1e-4 if printed else 0.05
+            self.eta_mu = {"normalised": 0.05, "shrunken": 0.2, "printed": 1e-4}[args.mu_update]
         if self.eta_entropy is None:
-            self.eta_entropy = 5e-4 if printed else 0.05
+            self.eta_entropy = 5e-4 if args.mu_update == "printed" else 0.05
+        # Optimizer steps before the first meta-gradient: Adam's moments are cold
+        self.first_steps = 2 if args.mu_update == "shrunken" else 10
 
     @property
     def mu(self) -> float:
@@ -1055,48 +1110,90 @@ class Controller:
 
     @property
     def has_target(self) -> bool:
-        """Whether mu is learned and the warm-up is over."""
-        return self.learns and self.state["entropy_target"] is not None
+        """Whether mu is learned by reward and the warm-up is over."""
+        return self.learns == "by_reward" and self.state["entropy_target"] is not None
 
     def wants_target(self, step: int) -> bool:
         """Whether H* is to be measured before this step (from 0)."""
         first = step == self.args.warmup_steps
-        return self.learns and first and self.state["entropy_target"] is None
+        return self.learns == "by_reward" and first and self.state["entropy_target"] is None
 
     def gradient_due(self, step: int) -> bool:
-        """Whether this step (from 0) is to be differentiated by mu."""
+        """Whether g_SFT - g_RL of this step (from 0) is needed."""
         args = self.args
-        if not self.learns or args.no_meta_gradient or step < args.warmup_steps:
+        if self.learns == "no" or step < args.warmup_steps:
             return False
-        return (step + 1) % args.mu_every == 0 and self.state["optimizer_steps"] >= self.FIRST_STEPS
+        if self.learns == "by_noise":
+            return True
+        due = (step + 1) % args.mu_every == 0 and not args.no_meta_gradient
+        return due and self.state["optimizer_steps"] >= self.first_steps
 
-    def move(self, step: int, grad_mu: float | None, entropy: float) -> dict[str, float]:
+    def move(
+        self, step: int, grad_mu: float | None, entropy: float, noise: float = 0.0
+    ) -> dict[str, float]:
         """mu after optimizer step number `step` (from 1); returns what moved it.
 
-        grad_mu: of U, or None where it was not taken. entropy: H(pi) of this step's samples.
+        grad_mu: of U, or None where it was not taken; noise: its standard deviation. entropy: H(pi)
+        of this step's samples.
         """
-        args, by_gradient, by_entropy = self.args, 0.0, 0.0
+        args, by_gradient, by_entropy, metrics = self.args, 0.0, 0.0, {}
         # Not where it is exactly 0: the validation samples of every prompt are equally good, which
         # says nothing and must not count in the RMS
         if grad_mu:
-            by_gradient = self._gradient_step(grad_mu)
+            window = self._window(grad_mu, noise)
+            metrics["grad_mu_snr_window"] = window["snr"]
+            by_gradient = self._gradient_step(grad_mu, window)
             self.state["squares"].append(grad_mu**2)
         every_step = args.mu_update == "printed"
         if not args.no_entropy_term and (every_step or step % args.mu_every == 0):
             sign = 1 if args.entropy_sign == "printed" else -1
             by_entropy = self.eta_entropy * (self.state["entropy_target"] - entropy) * sign
-        mu = self.mu + (by_gradient + by_entropy)
-        self.state["mu"] = min(args.mu_max, max(args.mu_min, mu))
-        return {"mu_change/meta_gradient": by_gradient, "mu_change/entropy": by_entropy}
+        self._set(self.mu + (by_gradient + by_entropy))
+        return metrics | {
+            "mu_change/meta_gradient": by_gradient,
+            "mu_change/entropy": by_entropy,
+        }
 
-    def _gradient_step(self, grad_mu: float) -> float:
+    def _set(self, mu: float) -> None:
+        self.state["mu"] = min(self.args.mu_max, max(self.args.mu_min, mu))
+
+    def _window(self, grad_mu: float, noise: float) -> dict[str, float]:
+        """The meta-gradient over the last updates: its mean, RMS and signal-to-noise ratio.
+
+        The noise is known from two half-batches at a time, so by luck it may seem to be nothing;
+        one estimate more, as large as the gradient itself, is counted with the rest.
+        """
+        running = Running(self.state["window"], decay=0.7)
+        means = running.add(mean=grad_mu, square=grad_mu**2, noise=noise**2)
+        n = 1 / running.variance_of_mean()
+        variance = (n * means["noise"] + means["square"]) / (n + 1)
+        rms = max(math.sqrt(means["square"]), 1e-30)
+        snr = abs(means["mean"]) / max(math.sqrt(variance / n), 1e-30)
+        return {"mean": means["mean"], "rms": rms, "snr": snr}
+
+    def _gradient_step(self, grad_mu: float, window: dict[str, float]) -> float:
         squares = self.state["squares"]
         if self.args.mu_update == "printed":
             return self.eta_mu * grad_mu
+        if self.args.mu_update == "shrunken":
+            certainty = window["snr"] ** 2 / (1 + window["snr"] ** 2)
+            return self.eta_mu * certainty * window["mean"] / window["rms"]
         if len(squares) < 2:  # the first two only fill the running RMS
             return 0.0
         rms = math.sqrt(sum(squares) / len(squares))
         return self.eta_mu * max(-3.0, min(3.0, grad_mu / max(rms, 1e-30)))
+
+    def balance(self, noise: dict[str, float]) -> dict[str, float]:
+        """GAC: mu* = s_RL / (s_RL + s_SFT + disagreement), of running means; returns the means.
+
+        It is the mu whose g = (1 - mu) g_RL + mu g_SFT errs least as an estimate of grad J, if
+        g_SFT is biased by the disagreement: (1 - mu)^2 s_RL + mu^2 (s_SFT + disagreement). mu goes
+        there by at most 0.05 a step.
+        """
+        means = Running(self.state["noise"], decay=0.9).add(**noise)
+        best = means["variance/rl"] / max(sum(means.values()), 1e-30)
+        self._set(self.mu + max(-0.05, min(0.05, best - self.mu)))
+        return means
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1111,17 +1208,16 @@ NUMBERS = {
         "save_every", "keep", "max_length", "replicas", "micro_batch", "generation_batch",
         "chord_steps", "lr_warmup",
     ),
-    "[0, 1e9]": ("warmup_steps", "chord_warmup", "hpt_gate", "show"),
+    "[0, 1e9]": ("warmup_steps", "chord_warmup", "hpt_gate", "show", "dynamic_sampling"),
     "[-1, 1e9]": ("eval_every",),
     "(0, 100]": ("lr", "warmup_lr", "value_lr"),
-    "(0, inf)": ("clip", "clip_ratio", "luffy_gamma"),
+    "(0, inf)": ("clip", "clip_ratio", "clip_ratio_high", "luffy_gamma"),
     "[0, 1000]": (
         "entropy_coefficient", "value_coefficient", "hpt_sft", "eta_mu", "eta_entropy",
     ),
     "[0, 10]": ("weight_decay",),
     "[0, 1]": (
-        "mu_init", "mu_min", "mu_max", "gae_lambda", "turn_gamma", "sft_share", "chord_start",
-        "chord_end",
+        "mu_init", "mu_min", "mu_max", "gae_lambda", "turn_gamma", "chord_start", "chord_end",
     ),
     "[0, 1)": ("betas",),
     "(-9e18, 9e18)": ("seed", "levels"),
@@ -1144,7 +1240,7 @@ def check(args: Args, ranks: int) -> None:
         raise DataError(
             "--samples must be at least 2: a response is judged against the others of its prompt"
         )
-    if method.learns_mu and args.validation_prompts < 2:
+    if method.learns_mu == "by_reward" and args.validation_prompts < 2:
         raise DataError("--validation-prompts must be at least 2, for an estimate of the noise")
     if args.task == "math" and args.validation_prompts > args.validation_size:
         raise DataError(
@@ -1163,31 +1259,75 @@ def check(args: Args, ranks: int) -> None:
             "0 <= --mu-min <= --mu-init <= --mu-max <= 1 is needed, not "
             f"{args.mu_min}, {args.mu_init}, {args.mu_max}"
         )
-    if method.learns_mu and not 0 < args.mu_min <= args.mu_max < 1:
+    if method.learns_mu != "no" and not 0 < args.mu_min <= args.mu_max < 1:
         raise DataError(
             "a learned mu needs both losses: --mu-min above 0 and --mu-max below 1, not "
             f"{args.mu_min} and {args.mu_max}"
         )
     if not 0 <= args.warmup_steps <= args.steps:
         raise DataError(f"--warmup-steps must be between 0 and --steps, not {args.warmup_steps}")
-    if method.learns_mu and args.epochs * args.minibatches > 1:
+    if method.learns_mu == "by_noise" and args.prompts_per_step < 2 * ranks:
         raise DataError(
-            f"--method {args.method} takes one optimizer step per rollout: d theta / d mu is the "
-            "derivative of that one step"
+            f"--method {args.method} compares two halves of a rank's prompts: --prompts-per-step "
+            f"must be at least {2 * ranks}"
+        )
+    if method.learns_mu != "no" and args.epochs * args.minibatches > 1:
+        raise DataError(
+            f"--method {args.method} takes one optimizer step per rollout: mu is learned from that "
+            "one step"
         )
     if method.rl_loss is srft_loss and args.epochs > 1:
         raise DataError(
             f"--method {args.method}: the loss of wrong samples has no lower bound, so --epochs "
             "must be 1"
         )
-    if method.rl_loss is not ppo_loss and args.advantage == "gae":
+    if args.sft_data and (args.task != "math" or method.demonstrations != "sft"):
+        raise DataError(
+            "--sft-data is for --task math and methods with an SFT loss of its own prompts, not "
+            f"--task {args.task} --method {args.method}"
+        )
+    check_ignored(args)
+    if method.rl_loss is not ppo_loss and args.advantage != "grpo":
         raise DataError(
             f"--method {args.method} has advantages of its own: leave --advantage at grpo"
         )
 
 
+# Flags that only these methods read
+ONLY = {
+    ("chord",): ("chord_start", "chord_end", "chord_steps", "chord_warmup"),
+    ("luffy",): ("luffy_gamma",),
+    ("hpt",): ("hpt_gate", "hpt_sft"),
+    ("amft",): (
+        "meta_preconditioner", "mu_update", "eta_mu", "eta_entropy", "entropy_sign",
+        "no_meta_gradient", "no_entropy_term",
+    ),
+    ("amft", "gac", "fixed"): ("mu_init",),
+    ("amft", "gac", "fixed", "chord", "sft", "sft_then_rl", "hpt"): ("sft_weight",),
+    ("amft", "gac", "fixed", "chord", "rl", "sft_then_rl", "srft"): ("clip_ratio_high",),
+}  # fmt: skip
+
+
+def check_ignored(args: Args) -> None:
+    """Raises DataError for a flag that is given but that the method does not read."""
+    defaults = {f.name: f.default for f in fields(Args)}
+    for methods, names in ONLY.items():
+        if args.method in methods:
+            continue
+        plain = with_defaults(replace(args, **{name: defaults[name] for name in names}))
+        for name in names:
+            if getattr(args, name) != getattr(plain, name):
+                raise DataError(
+                    f"--{name.replace('_', '-')} is read by --method {', '.join(methods)} alone, "
+                    f"not {args.method}"
+                )
+    if args.method == "sft" and args.dynamic_sampling:
+        raise DataError("--dynamic-sampling is for samples: --method sft draws none")
+
+
 def load_task(args: Args, tokenizer) -> tuple:
-    """(training game, validation game, {test set: (game, episodes)}, a line on what there is)."""
+    """(training game, game whose demonstrations are shown, validation game, {test set: (game,
+    episodes)}, a line on what there is)."""
     if args.task == "math":
         train, validation, tests, report = load_problems(
             args.data,
@@ -1200,7 +1340,14 @@ def load_task(args: Args, tokenizer) -> tuple:
             seed=args.seed,
             suffix=args.suffix,
         )
-        return train, validation, {n: (game, len(game)) for n, game in tests.items()}, report
+        shown = train
+        if args.sft_data:
+            shown = load_demonstrations(
+                args.sft_data, tokenizer, tests, args.max_length, args.suffix
+            )
+            report += f"; {len(shown)} demonstrations of other problems"
+        tests = {name: (game, len(game)) for name, game in tests.items()}
+        return train, shown, validation, tests, report
     train, validation, tests = games_of(
         args.task,
         rule=args.rule,
@@ -1212,7 +1359,7 @@ def load_task(args: Args, tokenizer) -> tuple:
         test_routes=args.test_routes,
     )
     tests = {name: (game, args.eval_problems) for name, game in tests.items()}
-    return train, validation, tests, f"{args.task}: episodes without end"
+    return train, train, validation, tests, f"{args.task}: episodes without end"
 
 
 def longest_row(args: Args, config, tokenizer, processor, train) -> int:
@@ -1231,7 +1378,7 @@ def longest_row(args: Args, config, tokenizer, processor, train) -> int:
 def examine(args: Args, world: World) -> list[str]:
     """--dry-run: prints what there is and what it needs; returns what would not work."""
     config, tokenizer, processor = load_readers(args.model, args.vision, args.trust_remote_code)
-    train, _, _, report = load_task(args, tokenizer)
+    train, _, _, _, report = load_task(args, tokenizer)
     world.say(report)
     longest = longest_row(args, config, tokenizer, processor, train)
     responses = args.prompts_per_step * args.samples
@@ -1245,8 +1392,10 @@ def needs(args: Args, config, world: World, longest: int) -> Needs:
     n, cuda = parameter_count(config, args.trust_remote_code), world.device.type == "cuda"
     width, shard = 2 if cuda else 4, 4 * n / world.shards
     device, host = {"weights": shard, "Adam": 2 * shard, "G and its clipped copy": 2 * shard}, {}
-    if METHODS[args.method].learns_mu:
+    if METHODS[args.method].learns_mu != "no":
         device["D"] = shard
+    if METHODS[args.method].learns_mu == "by_noise":
+        device["differences of halves"] = 2 * shard
     if cuda and args.cpu_offload:
         device, host = {}, device
     if cuda and world.rank == 0:
@@ -1342,6 +1491,30 @@ def training_seeds(args: Args, actor: Actor, step: int) -> range:
     return actor.mine(args.prompts_per_step, start)
 
 
+def rollout(args: Args, actor: Actor, game, seeds: list[int], samples: int, step: int) -> tuple:
+    """(seeds, groups of samples, samples drawn) of a step's prompts. Collective.
+
+    With --dynamic-sampling, prompts whose samples all have the same reward make way for others, far
+    from all that are drawn otherwise.
+    """
+    groups = actor.rollout(game, seeds, samples, step)
+    drawn = sum(map(len, groups))
+    for k in range(1, args.dynamic_sampling + 1):
+        equal = [i for i, group in enumerate(groups) if equally_good(group)]
+        if actor.stop.agreed() or actor.world.sum(len(equal))[0] == 0:
+            break
+        others = [seeds[i] + k * 10**6 for i in equal]
+        new = actor.rollout(game, others, samples, f"{step}/{k}")
+        for i, seed, group in zip(equal, others, new, strict=True):
+            seeds[i], groups[i] = seed, group
+            drawn += len(group)
+    return seeds, groups, drawn
+
+
+def equally_good(group: list[Trajectory]) -> bool:
+    return len({sum(turn.reward for turn in trajectory.turns) for trajectory in group}) < 2
+
+
 def evaluate(args: Args, actor: Actor, tests: dict, validation, step: int) -> tuple:
     """(results on the test sets, some responses for people to read). Collective."""
     with gathered(actor.policy):
@@ -1355,19 +1528,22 @@ def evaluate(args: Args, actor: Actor, tests: dict, validation, step: int) -> tu
     return results, sample_rows(groups, step, actor.tokenizer)
 
 
-def target_entropy(args: Args, actor: Actor, learner: PolicyLearner, validation) -> float | None:
-    """H*: of the warm policy's own rollouts, on many prompts, as it is measured but once.
+def target_entropy(args: Args, actor: Actor, learner: PolicyLearner, validation) -> tuple:
+    """(H*, this rank's samples for it): of the warm policy, on many prompts, as it is measured but
+    once.
 
     None once a stop is agreed on. Collective.
     """
     count = args.validation_size if args.task == "math" else 4 * args.validation_prompts
     groups = actor.rollout(validation, actor.mine(count), args.samples, "target")
-    return None if actor.stop.agreed() else learner.entropy(groups)
+    if actor.stop.agreed():
+        return None, 0
+    return learner.entropy(groups), sum(map(len, groups))
 
 
 def main(args: Args, world: World) -> int:
     config, tokenizer, processor = load_readers(args.model, args.vision, args.trust_remote_code)
-    train, validation, tests, report = load_task(args, tokenizer)
+    train, shown, validation, tests, report = load_task(args, tokenizer)
     world.say(report)
     longest_row(args, config, tokenizer, processor, train)
     run = Run(  # folder, log, progress bar, Ctrl-C, checkpoints
@@ -1385,7 +1561,7 @@ def main(args: Args, world: World) -> int:
     optimizer = adamw(args, policy)
     filler = demonstrate(tokenizer, train, 0, processor).turns[0]
     learner = PolicyLearner(args, policy, optimizer, world, tokenizer.pad_token_id, filler)
-    controller = Controller(args, learns=method.learns_mu)
+    controller = Controller(args, method.learns_mu)
     checkpoint = ModelCheckpoint(policy, processor or tokenizer, optimizer, policy.lm)
     size = sum(p.numel() for p in learner.params)
     run.start(checkpoint, f"{size / 1e6:.1f}M parameters", controller.state)
@@ -1404,25 +1580,29 @@ def main(args: Args, world: World) -> int:
 
     for step in run.steps():
         if run.evaluation_due(step, args.warmup_steps):
-            results, shown = evaluate(args, actor, tests, validation, step)
-            lines = tests_lines(step, results, shown) if results else []
-            run.evaluation(step, results, lines, samples=shown)
+            results, responses = evaluate(args, actor, tests, validation, step)
+            lines = tests_lines(step, results, responses) if results else []
+            run.evaluation(step, results, lines, samples=responses)
         if run.is_over(step):
             break
         warming = step < args.warmup_steps
         mu = 1.0 if warming else method.mu(args, step, controller)
+        for_target = 0
         if controller.wants_target(step):
-            target = target_entropy(args, actor, learner, validation)
+            target, for_target = target_entropy(args, actor, learner, validation)
             if run.stop_agreed():
                 break
             controller.state["entropy_target"] = target
+        if method.fresh_optimizer and step == args.warmup_steps:
+            optimizer.state.clear()
         run.lap()
 
         # (a, b) demonstrations and own samples of the step's prompts, rewards, advantages.
         # A seed names an episode: game.reset(seed)
-        seeds = training_seeds(args, actor, step)
-        demonstrations = [actor.demonstrate(train, seed) for seed in seeds]
-        groups = [] if mu == 1 else actor.rollout(train, seeds, own_samples, step)
+        seeds, groups, drawn = list(training_seeds(args, actor, step)), [], 0
+        if mu < 1:
+            seeds, groups, drawn = rollout(args, actor, train, seeds, own_samples, step)
+        demonstrations = [actor.demonstrate(shown, seed) for seed in seeds]
         if run.stop_agreed():
             break
         seconds = {"rollout": run.lap()}
@@ -1433,7 +1613,8 @@ def main(args: Args, world: World) -> int:
             learner.estimate_advantages(rl)
 
         # (d) theta <- clipped AdamW(theta, G): before (c), which differentiates this very step
-        schedule = min(1.0, (step + 1) / args.lr_warmup)
+        since = step - args.warmup_steps if method.fresh_optimizer and not warming else step
+        schedule = min(1.0, (since + 1) / args.lr_warmup)
         if warming:
             schedule *= args.warmup_lr / args.lr
         result = learner.train_on(mu, sft, rl, schedule, with_D=controller.gradient_due(step))
@@ -1447,7 +1628,7 @@ def main(args: Args, world: World) -> int:
         # (c) grad_mu U at the new theta (5), and with it the mu of the next step (6)
         trials = []
         if controller.has_target and result.finite:
-            grad_mu = None
+            grad_mu, noise = None, 0.0
             derivative = learner.derivative_by_mu(result) if result.D is not None else None
             if derivative is not None:
                 first = (step + 1) // args.mu_every * args.validation_prompts
@@ -1455,19 +1636,22 @@ def main(args: Args, world: World) -> int:
                 key = f"{step}/validation"  # to the end, as the step is taken and mu belongs to it
                 trials = actor.rollout(validation, seeds, args.samples, key, to_the_end=True)
                 grad_mu, signal_to_noise = learner.grad_mu(trials, derivative)
+                noise = abs(grad_mu) / signal_to_noise if grad_mu else 0.0
                 metrics |= {"grad_mu": grad_mu, "grad_mu_snr": signal_to_noise}
             metrics["entropy_target"] = controller.state["entropy_target"]
             if (
                 "entropy" in metrics
             ):  # it is not where all of a step's responses were cut and masked
-                metrics |= controller.move(step + 1, grad_mu, metrics["entropy"])
+                metrics |= controller.move(step + 1, grad_mu, metrics["entropy"], noise)
+        elif method.learns_mu == "by_noise" and result.D is not None and result.finite:
+            metrics |= controller.balance(learner.noise(result))
         del result
         seconds["mu"] = run.lap()
 
         metrics |= {f"seconds/{phase}": s for phase, s in seconds.items()}
         sampled, tried, generated, trained = world.sum(
-            sum(len(group) for group in groups),
-            sum(len(group) for group in trials),
+            drawn,
+            for_target + sum(len(group) for group in trials),
             tokens_sampled(groups),
             sum(row.length for row in sft + rl),
         )

@@ -68,16 +68,14 @@ def load_problems(
 ) -> tuple[MathProblems, MathProblems, dict[str, MathProblems], str]:
     """(training, validation, test sets by name, a line on what there is).
 
-    embedded: the families of the tiny model's pre-training; tests are unseen problems of these, and
-    of the families that no embedded model has seen. hub: Elliott/Openr1-Math-46k-8192. A file or
-    folder as for load_tasks, whose own test file, or else up to a tenth of its rows, is the test.
-    Rows without an answer, or longer than max_length tokens, are left out and counted, and so are
-    problems that occur twice: what is in a test set is never trained on. suffix: text
-    after every problem that does not speak of \\boxed itself, by default BOX except for embedded
-    ones. Raises DataError.
+    embedded: problems of the families of the tiny model's pre-training, but none that it has seen;
+    tests are other problems of these, and of the families that no embedded model has seen. hub:
+    Elliott/Openr1-Math-46k-8192. A file or folder as for load_tasks, whose own test file, or else
+    up to a tenth of its rows, is the test. Rows without an answer, or longer than max_length
+    tokens, are left out and counted, and so are problems that occur twice: what is in a test set is
+    never trained on. suffix: text after every problem that does not speak of \\boxed itself, by
+    default BOX except for embedded ones. Raises DataError.
     """
-    if suffix is None:
-        suffix = "" if data == "embedded" else BOX
 
     def choose(examples: Sequence[Example]) -> list[Example]:
         """Those that are asked for, with the suffix."""
@@ -85,8 +83,7 @@ def load_problems(
         for e in examples:
             fits = (not subjects or e.subject in subjects) and (not levels or e.level in levels)
             if e.answer and fits:
-                asked = "\\boxed" in e.prompt
-                chosen.append(e if asked else replace(e, prompt=e.prompt + suffix))
+                chosen.append(_asking(e, data, suffix))
         return chosen
 
     train, tests = _source(data, test, seed)
@@ -128,12 +125,39 @@ def load_problems(
     return train, MathProblems(chosen[:validation], seed), tests, report
 
 
+def _asking(example: Example, data: str, suffix: str | None) -> Example:
+    """With the suffix after its problem, unless that speaks of \\boxed itself."""
+    if suffix is None:
+        suffix = "" if data == "embedded" else BOX
+    if "\\boxed" in example.prompt:
+        return example
+    return replace(example, prompt=example.prompt + suffix)
+
+
+def load_demonstrations(
+    data: str, tokenizer, tests: dict[str, MathProblems], max_length: int, suffix: str | None
+) -> MathProblems:
+    """The problems of a file or folder whose solutions are shown, but for those that are in a test.
+
+    Raises DataError.
+    """
+    examples, _ = _source(data, 0, 0)
+    examples = [_asking(e, data, suffix) for e in examples]
+    seen = {words_of(e) for game in tests.values() for e in game.examples}
+    examples = _new(examples, seen)
+    tokens, _ = encode(tokenizer, examples, max_length)
+    examples = [e for e in examples if e.id in tokens and e.response]
+    if not examples:
+        raise DataError(f"--sft-data {data}: no demonstration of at most {max_length} tokens")
+    return MathProblems(examples, 0)
+
+
 def _source(data: str, test: int, seed: int) -> tuple[list[Example], dict[str, list[Example]]]:
     """(training examples, test sets by name: none where the source has none of its own)."""
     if data == "embedded":
-        train = _embedded(400, seed, "train", "pretraining")
-        trained = _embedded(-(-test // 35), seed, "test", "pretraining")
-        unseen = _embedded(-(-test // 42), seed, "test", "training", "heldout")
+        train = _embedded(400, seed, "post", "pretraining")
+        trained = _embedded(-(-test // 35), seed, "final", "pretraining")
+        unseen = _embedded(-(-test // 42), seed, "final", "training", "heldout")
         return train, {"trained families": trained, "unseen families": unseen}
     if data == "hub":
         rows, own = to_examples(hub_tables(OPENR1)["train"], "hub", ""), []

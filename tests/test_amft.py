@@ -3,6 +3,7 @@ differences; runs of every method, of the games, on two ranks."""
 
 import copy
 import itertools
+import json
 import math
 import shutil
 import types
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 import amft
-from games.play import Trajectory, Turn
+from data import DataError
+from games.play import Actor, Trajectory, Turn
 from model import World, auto_class, load_config, load_processor
 from policy import Policy
 from tests.helpers import (
     AMFT_RUN,
+    assert_same_weights,
     final_weights,
     logged,
     one_rank_mesh,
@@ -58,7 +61,7 @@ def logs(probabilities) -> torch.Tensor:
 def assert_loss(loss, values, slopes, args=None, **changes) -> None:
     """A loss of the three tokens, and its derivative by log pi."""
     logprobs = logs(P).requires_grad_()
-    got = loss(tokens_of(logprobs, **changes), args or amft.Args())
+    got = loss(tokens_of(logprobs, **changes), amft.with_defaults(args or amft.Args()))
     (slope,) = torch.autograd.grad(got.sum(), logprobs)
     assert got.tolist()[0] == pytest.approx(values, abs=1e-12)
     assert slope.tolist()[0] == pytest.approx(slopes, abs=1e-12)
@@ -91,13 +94,19 @@ def test_amft_losses_by_hand():
     values = [-0.1 * e * math.log(p) for p in P]
     assert_loss(amft.srft_loss, values, [-0.1 * e] * 3, entropy=H, old=old, right=right)
     assert_loss(amft.srft_loss, [math.log(p) for p in P], [1.0] * 3, entropy=H, old=old)
-    # SFT, and CHORD-phi: p (1 - p) is a constant to the gradient
+    # DAPO's higher upper bound: 1.25 stays below 1.3; the lower one is as before
+    higher = amft.Args(clip_ratio_high=0.3)
+    assert_loss(amft.ppo_loss, [-1.25, -0.5, -1.0], [-1.25, -0.5, -1.0], higher, old=old)
+    values = [1.25, 0.8, 1.0]
+    assert_loss(amft.ppo_loss, values, [1.25, 0, 1.0], higher, old=old, advantages=-two / 2)
+    # SFT; CHORD's phi, p (1 - p), and DFT's p are constants to the gradient
     surprise = [-math.log(p) for p in P]
     assert_loss(amft.sft_loss, surprise, [-1.0] * 3)
-    assert_loss(amft.chord_sft_loss, surprise, [-1.0] * 3)
     values = [-p * (1 - p) * math.log(p) for p in P]
     slopes = [-p * (1 - p) for p in P]
-    assert_loss(amft.chord_sft_loss, values, slopes, amft.Args(chord_phi=True))
+    assert_loss(amft.sft_loss, values, slopes, amft.Args(sft_weight="phi"))
+    values = [-p * math.log(p) for p in P]
+    assert_loss(amft.sft_loss, values, [-p for p in P], amft.Args(sft_weight="dft"))
     advantages_by_hand()
 
 
@@ -150,6 +159,44 @@ def test_controller():
     assert entropy.mu == 0.95
 
 
+def test_when_mu_is_updated():
+    """H* after the warm-up; a meta-gradient every K steps, once Adam is warm, for a learned mu."""
+    controller = amft.Controller(amft.with_defaults(amft.Args(warmup_steps=2, mu_every=3)))
+    assert [step for step in range(5) if controller.wants_target(step)] == [2]
+    assert not controller.has_target
+    controller.state["entropy_target"] = 0.5
+    assert controller.has_target
+    assert not any(controller.wants_target(step) for step in range(5))
+    controller.state["optimizer_steps"] = 9
+    assert not any(controller.gradient_due(step) for step in range(12))
+    controller.state["optimizer_steps"] = 10
+    assert [step for step in range(12) if controller.gradient_due(step)] == [2, 5, 8, 11]
+    controller.args.warmup_steps = 3
+    assert not controller.gradient_due(2)
+    controller.args.no_meta_gradient = True
+    assert not controller.gradient_due(5)
+    controller = amft.Controller(amft.Args(), learns="no")
+    controller.state |= {"entropy_target": 0.5, "optimizer_steps": 10}
+    assert not controller.has_target
+    assert not controller.gradient_due(4)
+
+
+def test_prompts_follow_each_other():
+    """Of the warm-up and of the steps after it, over all ranks: none twice, none left out."""
+    settings = {"warmup_steps": 2, "warmup_batch": 6, "prompts_per_step": 4, "steps": 5}
+    args = amft.with_defaults(amft.Args(**settings))
+    seeds = []
+    for step in range(5):
+        of_step = []
+        for rank in (0, 1):
+            actor = Actor.__new__(Actor)
+            actor.world = types.SimpleNamespace(rank=rank, size=2)
+            of_step += amft.training_seeds(args, actor, step)
+        assert len(of_step) == (6 if step < 2 else 4)
+        seeds += sorted(of_step)
+    assert seeds == list(range(24))
+
+
 def mu_at(step: int, **settings) -> float:
     """A method's mu at a step after the warm-up."""
     args = amft.with_defaults(amft.Args(**settings))
@@ -157,13 +204,157 @@ def mu_at(step: int, **settings) -> float:
 
 
 def test_schedules_of_mu():
-    steps = (0, 4, 5)
-    assert [mu_at(step, method="sft_then_rl", steps=10) for step in steps] == [1, 1, 0]
+    steps = (5, 6, 9)
+    assert [mu_at(step, method="sft_then_rl", steps=10) for step in steps] == [0, 0, 0]
+    assert amft.with_defaults(amft.Args(method="sft_then_rl", steps=10)).warmup_steps == 5
     assert mu_at(5) == 0.5
     assert mu_at(3, method="rl") == 0
     assert mu_at(0, method="chord") == pytest.approx(0.9)
-    assert mu_at(100, method="chord") == pytest.approx(0.475)
-    assert mu_at(500, method="chord") == pytest.approx(0.05)
+    assert mu_at(40, method="chord") == pytest.approx(0.475)  # half of the run
+    assert mu_at(80, method="chord") == pytest.approx(0.05)
+    assert mu_at(500, method="chord", chord_steps=1000) == pytest.approx(0.475)
+    after_warmup = {"method": "chord", "warmup_steps": 20}
+    assert mu_at(50, **after_warmup) == pytest.approx(0.475)
+    rising = {"method": "chord", "chord_warmup": 10, "chord_steps": 20}
+    found = [mu_at(step, **rising) for step in (4, 9, 10, 20, 30)]
+    assert found == pytest.approx([0.45, 0.9, 0.9, 0.475, 0.05])
+    weighted = {"method": "chord", "sft_weight": "phi"}  # of its schedule independent
+    assert mu_at(40, **weighted) == pytest.approx(0.475)
+    constant = {"method": "chord", "chord_start": 0.1, "chord_end": 0.1}
+    assert [mu_at(step, **constant) for step in (0, 30)] == pytest.approx([0.1, 0.1])
+
+
+def test_a_flag_that_a_method_does_not_read_is_refused():
+    for method, flags in (
+        ("amft", {"luffy_gamma": 0.2}),
+        ("amft", {"chord_steps": 7}),
+        ("rl", {"mu_init": 0.3}),
+        ("rl", {"sft_weight": "dft"}),
+        ("fixed", {"eta_mu": 0.3}),
+        ("gac", {"no_entropy_term": True}),
+        ("luffy", {"clip_ratio_high": 0.3}),
+        ("luffy", {"advantage": "mean"}),
+        ("luffy", {"sft_data": "x"}),
+        ("sft", {"dynamic_sampling": 1}),
+    ):
+        args = amft.with_defaults(amft.Args(method=method, **flags))
+        with pytest.raises(DataError):
+            amft.check(args, 1)
+    for method, flags in (
+        ("amft", {"mu_init": 0.3, "eta_mu": 0.3}),
+        ("chord", {"chord_steps": 7, "sft_weight": "phi"}),
+        ("rl", {"clip_ratio_high": 0.3, "advantage": "mean", "dynamic_sampling": 2}),
+    ):
+        amft.check(amft.with_defaults(amft.Args(method=method, **flags)), 1)
+
+
+def test_running_means():
+    """With the weights 1, b, b^2 ... from the newest on, made to sum to 1."""
+    numbers, state, b = [3.0, -1.0, 4.0, 1.5], {}, 0.7
+    running = amft.Running(state, b)
+    for n in range(1, 5):
+        weights = [b ** (n - 1 - i) for i in range(n)]
+        weights = [w / sum(weights) for w in weights]
+        expected = sum(w * x for w, x in zip(weights, numbers[:n], strict=True))
+        assert running.add(x=numbers[n - 1])["x"] == pytest.approx(expected)
+        assert running.variance_of_mean() == pytest.approx(sum(w * w for w in weights))
+    again = amft.Running(json.loads(json.dumps(state)), b)  # from a checkpoint
+    assert again.add(x=2.0) == running.add(x=2.0)
+
+
+def test_the_shrunken_update():
+    """It acts from the first meta-gradient, less the more of it is noise, never over eta_mu."""
+    settings = {"mu_update": "shrunken", "no_entropy_term": True, "eta_mu": 0.2}
+    sure, unsure = controller_of(**settings), controller_of(**settings)
+    assert sure.first_steps == 2
+    for k in range(1, 9):
+        sure.move(k, -3.0, 0.1, noise=0.1)
+        unsure.move(k, -3.0, 0.1, noise=30.0)
+        if k == 1:  # noise^2 is (0.1^2 + 3^2) / 2 with the one estimate more, so SNR^2 is 2
+            assert sure.mu == pytest.approx(0.5 - 0.2 * 2 / 3, abs=1e-3)
+    assert sure.mu == 0.05
+    assert unsure.mu > 0.4
+    flipping = controller_of(**settings)
+    for k in range(1, 41):
+        flipping.move(k, 3.0 * (-1) ** k, 0.1, noise=1.0)
+    assert abs(flipping.mu - 0.5) < 0.25
+    scaled = controller_of(**settings)  # no unit of the meta-gradient
+    scaled.move(1, -3e6, 0.1, noise=0.1e6)
+    assert scaled.mu == pytest.approx(0.5 - 0.2 * 2 / 3, abs=1e-3)
+
+
+def test_gac_goes_to_the_least_error():
+    """mu* has the least error of all mu as an estimate of grad J; steps of at most 0.05."""
+    noise = {"variance/rl": 3.0, "variance/sft": 1.0, "disagreement": 6.0}
+    controller = amft.Controller(amft.Args(method="gac"), "by_noise")
+    path = []
+    for _ in range(12):
+        controller.balance(noise)
+        path.append(controller.mu)
+    assert path[:3] == pytest.approx([0.45, 0.4, 0.35])
+
+    def error(mu: float) -> float:
+        return (1 - mu) ** 2 * 3.0 + mu**2 * (1.0 + 6.0)
+
+    best = min((k / 1000 for k in range(1001)), key=error)
+    assert path[-1] == pytest.approx(best, abs=1e-3)
+
+
+def test_gac_sees_the_noise_of_its_gradients(process_group):
+    """The halves' difference, and |g_SFT - g_RL|^2 without the noise, against gradients by hand."""
+    learner = amft_learner(small_llama(), method="gac")
+    rl, sft = random_rows(6, 1), random_rows(4, 2, demonstration=True)
+    for i, row in enumerate(rl):
+        row.prompt = i // 2
+    for i, row in enumerate(sft):
+        row.prompt = i
+    step = learner.train_on(0.3, sft, rl, schedule=1.0, with_D=True)
+    found = learner.noise(step)
+    plain = PlainLosses(learner, rl, sft)
+    flat = {}
+    for name, rows in (("rl", rl), ("sft", sft)):
+        for parity in (0, 1):
+            half = [row for row in rows if row.prompt % 2 == parity]
+            other = {"rl": [], "sft": []} | {name: half}
+            loss = getattr(PlainLosses(learner, other["rl"], other["sft"]), f"{name}_loss")()
+            scale = response_tokens(half) / response_tokens(rows)  # means over all tokens
+            flat[name, parity] = scale * torch.cat([g.flatten() for g in plain.gradient(loss)])
+    variance = {
+        name: (flat[name, 0] - flat[name, 1]).square().sum().item() for name in ("rl", "sft")
+    }
+    assert found["variance/rl"] == pytest.approx(variance["rl"], rel=1e-4)
+    assert found["variance/sft"] == pytest.approx(variance["sft"], rel=1e-4)
+    apart = flat["sft", 0] + flat["sft", 1] - flat["rl", 0] - flat["rl", 1]
+    square = apart.square().sum().item() - variance["rl"] - variance["sft"]
+    assert found["disagreement"] == pytest.approx(max(0.0, square), rel=1e-3, abs=1e-9)
+    expected = 0.7 * (flat["rl", 0] + flat["rl", 1]) + 0.3 * (flat["sft", 0] + flat["sft", 1])
+    torch.testing.assert_close(
+        torch.cat([g.flatten() for g in step.G]), expected, rtol=1e-4, atol=1e-7
+    )
+
+
+def test_dynamic_sampling():
+    """Equal groups make way, in so many rounds at most; all that was drawn is counted."""
+
+    def group(rewards) -> list:
+        return [Trajectory([Turn([], [], [], True, "", r)]) for r in rewards]
+
+    good = {2: (1, 1), 3: (0, 1), 4: (0, 0), 1_000_002: (1, 0), 1_000_004: (1, 1)}
+    actor = types.SimpleNamespace(
+        rollout=lambda game, seeds, samples, key: [group(good.get(s, (0, 0))) for s in seeds],
+        stop=types.SimpleNamespace(agreed=lambda: False),
+        world=types.SimpleNamespace(sum=lambda *x: list(x)),
+    )
+    for rounds, kept, count in (
+        (0, [2, 3, 4], 6),
+        (1, [1_000_002, 3, 1_000_004], 10),
+        (2, [1_000_002, 3, 3_000_004], 12),
+    ):
+        args = amft.Args(dynamic_sampling=rounds)
+        seeds, groups, drawn = amft.rollout(args, actor, None, [2, 3, 4], 2, 0)
+        assert seeds == kept
+        assert drawn == count
+        assert not amft.equally_good(groups[1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,7 +416,8 @@ class PlainLosses:
 
     def rl_loss_of(self, row, out) -> torch.Tensor:
         args, a = self.args, row.advantages[0]
-        clipped = -torch.minimum(out.ratio * a, out.ratio.clamp(0.8, 1.2) * a)
+        upper = 1 + (self.args.clip_ratio_high or 0.2)
+        clipped = -torch.minimum(out.ratio * a, out.ratio.clamp(0.8, upper) * a)
         if args.method == "luffy":
             f = out.ratio
             if row.demonstration:
@@ -278,7 +470,8 @@ class PlainLosses:
         ("luffy", {}),
         ("srft", {}),
         ("hpt", {"hpt_sft": 0.3}),
-        ("chord", {"chord_phi": True}),
+        ("chord", {"sft_weight": "phi"}),
+        ("rl", {"advantage": "mean", "clip_ratio_high": 0.3}),
     ],
     ids=str,
 )
@@ -313,6 +506,25 @@ def test_amft_batch_equals_rows(method, options, process_group):
                 expected = g_sft[i] - g_rl[i]
                 torch.testing.assert_close(taken.D[i], expected, **rest, msg=f"D, {name}")
     assert taken.norm == pytest.approx(math.sqrt(learner.dot(taken.G, taken.G)))
+
+
+def test_advantages_of_the_value_head(process_group):
+    """GAE row by row, whitened over all tokens; the value head's target is A + V before that."""
+    learner = amft_learner(small_llama(), method="rl", advantage="gae", gae_lambda=0.7)
+    rows, plain = random_rows(7, 1), []
+    for i, row in enumerate(rows):
+        row.reward_to_go = float(i % 3)
+    learner.estimate_advantages(rows)
+    losses = PlainLosses(learner, rows, [])
+    for row in rows:
+        values = learner.policy.value(losses.outputs(row).hidden).squeeze(-1).tolist()
+        advantages = amft.gae(values, row.reward_to_go, 0.7)
+        targets = [a + v for a, v in zip(advantages, values, strict=True)]
+        assert row.value_targets == pytest.approx(targets, abs=1e-6)
+        plain.append(torch.tensor(advantages, dtype=torch.float64))
+    mean, std = torch.cat(plain).mean(), torch.cat(plain).std(correction=0)
+    for row, advantages in zip(rows, plain, strict=True):
+        assert row.advantages == pytest.approx(((advantages - mean) / std).tolist(), abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -429,6 +641,19 @@ def test_a_step_that_does_not_depend_on_mu(process_group):
     assert not amft.depends_on_mu(0.0, 0.0, 0.0, 0.5, "adam")
 
 
+def test_the_derivative_takes_no_memory(process_group):
+    """It is written over D, and G is given back before the validation's gradient is taken."""
+    model = small_llama()
+    optimizer = with_peak(torch.optim.AdamW(model.parameters(), lr=1e-3))
+    learner = amft_learner(model, optimizer)
+    G, D = ([torch.randn_like(p) for p in learner.params] for _ in range(2))
+    norm, _ = learner.take_step(G, 1.0)
+    step = amft.Step(G, D, norm, 1, True, {})
+    assert learner.derivative_by_mu(step) is D
+    assert step.G is None
+    assert step.D is None
+
+
 def test_utility_gradient_is_unbiased(process_group):
     """Over all pairs of samples of a prompt, weighted by their probability, the estimate of grad_mu
     U is the exact inner product."""
@@ -481,6 +706,7 @@ BOTH, SFT, RL = {"rl", "sft"}, {"sft"}, {"rl"}
         ("luffy", RL, RL),
         ("srft", RL, RL),
         ("hpt", BOTH, BOTH),
+        ("gac", BOTH, BOTH),
     ],
 )
 def test_every_method_runs(method, first, second, tmp_path, embedded_task, monkeypatch):
@@ -488,9 +714,9 @@ def test_every_method_runs(method, first, second, tmp_path, embedded_task, monke
     are there, and no other."""
     monkeypatch.setattr(amft, "load_task", lambda *_: embedded_task)
     settings = [
-        "--method", method, "--steps", "2", "--warmup-steps", "0", "--prompts-per-step", "8",
-        "--samples", "4", "--max-new-tokens", "32", "--validation-size", "8",
-        "--eval-every", "-1", "--show", "0", "--sft-share", "0.5",
+        "--method", method, "--steps", "2", "--prompts-per-step", "8", "--samples", "4",
+        "--max-new-tokens", "32", "--validation-size", "8", "--eval-every", "-1", "--show", "0",
+        "--warmup-steps", str(int(method == "sft_then_rl")),
     ]  # fmt: skip
     assert run_here(amft, *settings, "--output-dir", tmp_path / "r") == 0
     rows = logged(tmp_path / "r")
@@ -498,32 +724,74 @@ def test_every_method_runs(method, first, second, tmp_path, embedded_task, monke
         assert math.isfinite(row["grad_norm"])
         assert row["grad_norm"] > 0
     assert [losses_in(row) for row in rows] == [first, second]
+    sampled = {"sft": [0, 0], "sft_then_rl": [0, 32], "luffy": [24, 24]}  # luffy: 3 of 4 are own
+    assert [row["samples/train"] for row in rows] == sampled.get(method, [32, 32])
+
+
+def test_sft_then_rl_starts_afresh(tmp_path, embedded_task, monkeypatch):
+    """After the SFT: no moments of it, and the rate rises again."""
+    monkeypatch.setattr(amft, "load_task", lambda *_: embedded_task)
+    made, adamw = [], amft.adamw
+
+    def capture(*args):
+        made.append(adamw(*args))
+        return made[-1]
+
+    monkeypatch.setattr(amft, "adamw", capture)
+    settings = [
+        "--method", "sft_then_rl", "--steps", "5", "--warmup-steps", "3", "--warmup-lr", "2e-5",
+        "--lr", "1e-5", "--lr-warmup", "2", "--warmup-batch", "4", "--prompts-per-step", "8",
+        "--samples", "4", "--max-new-tokens", "32", "--eval-every", "-1", "--show", "0",
+    ]  # fmt: skip
+    assert run_here(amft, *settings, "--output-dir", tmp_path / "r") == 0
+    rates = [row["lr"] for row in logged(tmp_path / "r")]
+    assert rates == pytest.approx([1e-5, 2e-5, 2e-5, 0.5e-5, 1e-5])
+    (optimizer,) = made
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
+def test_the_warm_up_has_its_own_rate(small_model, tmp_path, embedded_task, monkeypatch):
+    """--warmup-lr takes the same steps as that --lr does."""
+    monkeypatch.setattr(amft, "load_task", lambda *_: embedded_task)
+    found = []
+    for rates in (["--lr", "1e-3", "--warmup-lr", "2e-3"], ["--lr", "2e-3"]):
+        folder = tmp_path / f"r{len(found)}"
+        flags = ["--model", small_model, "--steps", "2", "--warmup-steps", "2", "--method", "sft"]
+        flags += ["--lr-warmup", "1", "--prompts-per-step", "4", "--validation-prompts", "4"]
+        flags += ["--validation-size", "8", "--eval-every", "-1", "--show", "0", *rates]
+        assert run_here(amft, *flags, "--output-dir", folder) == 0
+        assert [row["lr"] for row in logged(folder)] == [2e-3, 2e-3]
+        found.append(final_weights(folder))
+    assert_same_weights(*found)
 
 
 def test_amft_two_ranks_equal_one(tmp_path):
-    """The same checkpoint taken one step further, a step with a meta-gradient, by one rank and by
-    two that share its shards."""
+    """The same checkpoint taken one step further, a step with a meta-gradient, by one rank, by two
+    that share its shards, and by two replicas."""
     settings = [
         *AMFT_RUN, "--steps", "11", "--save-every", "10", "--mu-every", "11",
         "--eval-every", "-1", "--advantage", "gae", "--entropy-coefficient", "0.01",
     ]  # fmt: skip
     assert run_here(amft, *settings, "--output-dir", tmp_path / "1") == 0
-    shutil.copytree(tmp_path / "1", tmp_path / "2", symlinks=True)
-    shutil.rmtree(tmp_path / "2" / "step-000011")
-    run_well("amft.py", *settings, "--output-dir", tmp_path / "2", "--resume", ranks=2)
-    one, two = logged(tmp_path / "1"), logged(tmp_path / "2")
+    one, a = logged(tmp_path / "1"), final_weights(tmp_path / "1")
     assert [row["mu"] for row in one[:3]] == [1.0, 1.0, 0.5]  # two steps of warm-up
-    assert one[:10] == two[:10]
-    assert len(two) == 11
-    for key in (
-        "grad_norm", "loss/rl", "loss/sft", "loss/value", "entropy", "reward/mean",
-        "response_length", "grad_mu", "mu",
-    ):  # fmt: skip
-        relative = 1e-3 if key == "grad_mu" else 1e-4
-        assert one[10][key] == pytest.approx(two[10][key], rel=relative, abs=1e-7), key
-    a, b = final_weights(tmp_path / "1"), final_weights(tmp_path / "2")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=3e-5, msg=name)
+    for replicas in (1, 2):
+        folder = tmp_path / f"2 of {replicas}"
+        shutil.copytree(tmp_path / "1", folder, symlinks=True)
+        shutil.rmtree(folder / "step-000011")
+        more = ["--output-dir", folder, "--resume", "--replicas", replicas]
+        run_well("amft.py", *settings, *more, ranks=2)
+        two, b = logged(folder), final_weights(folder)
+        assert one[:10] == two[:10]
+        assert len(two) == 11
+        for key in (
+            "grad_norm", "loss/rl", "loss/sft", "loss/value", "entropy", "reward/mean",
+            "response_length", "grad_mu", "mu",
+        ):  # fmt: skip
+            relative = 1e-3 if key == "grad_mu" else 1e-4
+            assert one[10][key] == pytest.approx(two[10][key], rel=relative, abs=1e-7), key
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=3e-5, msg=name)
 
 
 GAME_RUN = [

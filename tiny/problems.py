@@ -571,8 +571,10 @@ def embedded_rows(per_family: int, seed: int, part: str, *roles: str) -> dict[st
     """Up to `per_family` distinct problems of each family of the roles (all without any).
 
     Keyed "Subject/family"; a row has problem, solution, answer, subject and level (1 to 5).
-    part: "train" or "test". A problem's part is a hash of its text, the same for every seed: what
-    any run trains on (the tiny model's pre-training included) never contains a test problem.
+    part: "train" or "test"; the test part is again two halves, "post" and "final". A problem's part
+    is a hash of its text, the same for every seed: the tiny model's pre-training and the tasks of
+    meta-learning take "train", reinforcement learning takes "post" and is tested on "final", so
+    none trains on what it is tested on or, after pre-training, has seen.
     Families with few problems give as many as they have.
     """
     rows = {}
@@ -586,6 +588,10 @@ def embedded_rows(per_family: int, seed: int, part: str, *roles: str) -> dict[st
     return rows
 
 
+# The remainders by 10 of a problem's hash
+PARTS = {"train": (1, 2, 3, 4, 6, 7, 8, 9), "test": (0, 5), "post": (5,), "final": (0,)}
+
+
 def family_rows(family, per_family: int, seed: int, part: str) -> list[dict]:
     """The rows of one family, its levels in turn."""
     rng = random.Random(f"{seed}/{part}/{family.__name__}")
@@ -593,8 +599,7 @@ def family_rows(family, per_family: int, seed: int, part: str) -> list[dict]:
     for draw in range(25 * per_family):
         level = 1 + draw % 5
         problem, steps, answer = family(rng, level)
-        in_test = zlib.crc32(problem.encode()) % 5 == 0
-        if problem in seen or in_test != (part == "test"):
+        if problem in seen or zlib.crc32(problem.encode()) % 10 not in PARTS[part]:
             continue
         seen.add(problem)
         text = ", ".join(map(str, steps)) + "."
