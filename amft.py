@@ -313,7 +313,7 @@ class Args:
 FREE = {
     "resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "show", "replicas",
     "micro_batch", "generation_batch", "activation_checkpointing", "cpu_offload", "compile",
-    "dry_run",
+    "dry_run", "steps",  # the learning rate is constant; what defaults to a share of it is fixed
 }  # fmt: skip
 
 
@@ -334,7 +334,8 @@ def with_defaults(args: Args) -> Args:
         defaults |= {"lr": 1e-4, "warmup_lr": 1e-3, "warmup_steps": 20, "warmup_batch": 32}
     args = _filled(args, defaults)
     of_these = {"warmup_batch": args.prompts_per_step, "validation_prompts": args.prompts_per_step}
-    of_these["chord_steps"] = max(1, args.steps - args.warmup_steps - args.chord_warmup)
+    if args.method == "chord":
+        of_these["chord_steps"] = max(1, args.steps - args.warmup_steps - args.chord_warmup)
     return _filled(args, of_these | {"warmup_lr": args.lr, "clip_ratio_high": args.clip_ratio})
 
 

@@ -750,6 +750,21 @@ def test_sft_then_rl_starts_afresh(tmp_path, embedded_task, monkeypatch):
     assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
 
 
+def test_a_finished_run_goes_on(tmp_path, embedded_task, monkeypatch):
+    """With --resume and more --steps it equals a run of so many steps from the start."""
+    monkeypatch.setattr(amft, "load_task", lambda *_: embedded_task)
+    settings = [
+        "--warmup-steps", "1", "--mu-every", "2", "--prompts-per-step", "8", "--samples", "4",
+        "--max-new-tokens", "32", "--eval-every", "-1", "--show", "0", "--validation-size", "8",
+    ]  # fmt: skip
+    short, long = tmp_path / "short", tmp_path / "long"
+    assert run_here(amft, *settings, "--steps", "3", "--output-dir", short) == 0
+    assert run_here(amft, *settings, "--steps", "5", "--output-dir", short, "--resume") == 0
+    assert run_here(amft, *settings, "--steps", "5", "--output-dir", long) == 0
+    assert [row["step"] for row in logged(short)] == [1, 2, 3, 4, 5]
+    assert_same_weights(final_weights(short), final_weights(long))
+
+
 def test_the_warm_up_has_its_own_rate(small_model, tmp_path, embedded_task, monkeypatch):
     """--warmup-lr takes the same steps as that --lr does."""
     monkeypatch.setattr(amft, "load_task", lambda *_: embedded_task)

@@ -18,7 +18,9 @@ PROGRAMS = {
     "eval.py": ROOT / "eval.py",
     "plots.py": ROOT / "plots.py",
     "bench.py": ROOT / "bench.py",
+    "bench_gpu.py": ROOT / "bench_gpu.py",
     "-m tiny.train": ROOT / "tiny" / "train.py",
+    "-m tiny.conditions": ROOT / "tiny" / "conditions.py",
     "-m games": ROOT / "games" / "__main__.py",
 }
 # Flags of torchrun, pip and sbatch that the pages name
