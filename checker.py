@@ -7,25 +7,19 @@ r"""Is a model's final answer right? Extraction, and equality of mathematical an
     python checker.py cases.jsonl   # rows {"response", "gold", "expect"}: accuracy, errors, times
 
 Five sections: extraction, text, tokens and parser, values, comparison. Both answers become trees
-of tuples ("num", 3), ("add", a, b), ("tuple", "(", ")", a, b) ... by a parser of our own; nothing
-from a text is executed, and no sympy parser sees it. Two readable answers are equal if the
-mathematics says so and for no other reason; text decides only where one of them cannot be read.
+of tuples ("num", 3), ("add", a, b) by a parser of our own; nothing from a text is executed. Two
+readable answers are equal if the mathematics says so and for no other reason; text decides only
+where one of them cannot be read.
 
-Trees become sympy's objects node by node, within limits of size: numbers, roots, polynomials,
-matrices; a rational difference decides, and what sampling finds equal must not be another
-polynomial than 0. Our own, because sympy is unsafe or far too slow there (sympy 1.14):
-- Values of functions: mpmath numbers at 50 and 300 digits, in a context of each thread. `evalf`
-  works with mpmath's global precision, which threads share; and \sqrt[3]{-8} is -2 here.
-  So a function of anything but rational numbers stays an unevaluated name in the tree: sympy's
-  automatic evaluation of nested ones asks its assumptions, without a bound on time.
-- Expressions with letters: numbers at consecutive integers and at reals of both signs and several
-  magnitudes. `simplify` and `equals` have no bound on time, and do not prove all true identities.
-- Sets of reals: compared at their ends, beside them and between. A `Union` of 20 intervals takes
-  92 ms in sympy.
+Trees become sympy's objects node by node, within limits of size; a rational difference decides, and
+what sampling finds equal must not be another polynomial than 0. Our own, as sympy is unsafe or far
+too slow there (sympy 1.14): the values of functions (mpmath in contexts of each thread: `evalf`
+uses a precision that threads share, and nested functions ask sympy's assumptions without a bound),
+expressions with letters (sampled: `simplify` has no bound and does not prove all identities), sets
+of reals (compared at and between their ends: a `Union` of 20 intervals takes 92 ms).
 
 Every limit comes before the work: characters, nesting, digits, exponents, evaluated nodes. No
 signals, clocks, processes or caches; any object is a valid argument; works in any thread.
-
 Conventions: docs/checker.md.
 """
 
@@ -58,17 +52,13 @@ class Limit(Exception):
     """Not a form that we read, or more work than we do."""
 
 
-class TooLarge(Limit):
-    """An exact value beyond MAX_BITS: equal to nothing else."""
-
-
 # -------------------------------------------------------------------------------------------------
 # Extraction: the final answer in a response
 
-TURN_ENDS = [
-    "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|endoftext|>", "<|end|>", "<|start_header_id|>",
-    "<|eom_id|>", "<end_of_turn>", "<start_of_turn>", "</s>", "[INST]", "<｜end▁of▁sentence｜>", "<|return|>",
-]  # fmt: skip
+TURN_END = re.compile(
+    r"<\|(?:im_end|im_start|eot_id|endoftext|end|start_header_id|eom_id|return)\|>"
+    r"|<(?:end|start)_of_turn>|</s>|\[INST\]|<｜end▁of▁sentence｜>"
+)
 FINAL_CHANNEL = "<|channel|>final<|message|>"
 BOX = re.compile(
     r"\\{1,4}(?:[bB]oxed|fbox|framebox)\s{0,9}(?:(\{)|(\d|(?<=\s)[^\s{}$\\]+))|\\[{}\\]|([{}])"
@@ -92,6 +82,7 @@ ANSWER = (
     r"(?:\banswers?\b|答案|答え|答|정답|답|\bответ|\br[ée]ponse|\brespuesta|\bantwort|\brisposta"
     r"|\bresposta|\bsvar\b|\bcevap\b|\bodpowied[źz]|đáp (?:án|số))"
 )
+DECIMAL_COMMA = re.compile("ответ|r[ée]ponse|respuesta|antwort|risposta|resposta|svar|cevap", re.I)
 IS = (
     r"(?:(?:is|are|was|equals|(?:must|should|would|will) be|est|es|ist|lautet|sind|är|são|wynosi)"
     r"\b|è|é\b|[:：=—]|为|是|は|은|는|이|\n)"
@@ -100,19 +91,20 @@ STATED = re.compile(
     rf"{ANSWER}(?:\s(?:to|for|of|here|finale?|final|donc|correcta|correcte|then|must be)\b"
     rf"[^.\n:=：$]{{0,80}}?)?[\s*_]{{0,6}}{IS}"
     rf"|\b(?:correct|best|right)\s(?:option|choice|statement)[\s*_]{{0,4}}{IS}"
-    r"|\b(?:option|choice)[\s*_]{0,4}:|\b(?:choose|pick|select)\b(?:\s(?:option|choice|answer))?"
+    r"|\b(?:option|choice)[\s*_]{0,4}:"
+    r"|\b(?:choose|pick|select|go with)\b(?:\s(?:option|choice|answer))?"
     r"(?=\s?[*(]{0,3}[A-J]\b)|(?:故选|应选|所以选|因此选|选择|选)[:：]?(?=\s?\(?[A-J])",
     re.I,
 )
 IS_THE_ANSWER = re.compile(
     r"(?:(\S{1,60})[*\s]{1,4}is the (?:final |correct |right )?answer"
-    r"|\b([A-J])\)?[*\s]{1,3}is correct)\b"
+    r"|\b([A-J])\)?[*\s]{1,3}is correct)\b|选项\s?([A-J])\s?是?正确"
 )
 # Marks and adverbs before an answer.
 LEADING = re.compile(
     r"(?:[\s*#>:：=\"“”'`]|(?:is|are|was|be|exactly|precisely|approximately|about|around|roughly"
     r"|simply|just|then|thus|therefore|hence|clearly|indeed|found to be|equal to|equals|given by"
-    r"|donc|also|either|now|obviously|option|choice|est|es|ist)\b)+",
+    r"|donc|also|either|now|obviously|option|choice|est|es|ist|la opción|a opção|вариант)\b)+",
     re.I,
 )
 # Where an answer ends: the sentence, a reason, a remark.
@@ -131,8 +123,23 @@ SO = re.compile(
     r"^(?:[\s,:*]|so\b|thus|therefore|hence|then|either|finally|we (?:get|have|find|obtain))+\s",
     re.I,
 )
-NOT = re.compile(r"\b(?:not|cannot|can't|isn't)\b[ a-z]{0,12}$")
+DENIED = re.compile(r"\s(?:is|are|was|were)\s(?:wrong|incorrect|impossible|not\b)")
+NOT = re.compile(r"\b(?:not|cannot|can't|isn't|never)\b[ a-z]{0,20}[$ ]{0,3}$", re.I)
 COMPOUND = re.compile(r"\b\d+ [a-z]{3,12}(?:,? and|,)? \d+ [a-z]{3,12}\b")
+PROSE = re.compile(r"[A-Za-z]{3}|[\u0400-\u1fff\u3040-\uffdc]")
+SENTENCE = re.compile(r"[.!](?=\s|$)|[\n。]")
+QUESTION = re.compile(r"[^.!?\n]{0,200}\?(?=\s)")
+STATED_LAST = re.compile(r"(.*\b(?:is|are|equals?|be)\s)(.+)")
+THERE_ARE = re.compile(
+    r"\b[Tt]here (?:are|is|were)\s(?:exactly |only )?(\d[\d,]*|[a-z-]+)\b(?! more|.*, .*\d)"
+)
+# Formulas of a unit, a mark at the end of a proof.
+NO_ANSWER = re.compile(r"[\^_]|\\(?:blacksquare|square|Box|therefore|checkmark)$")
+# Between a value and where it is taken.
+WHEN = re.compile(
+    r"\s*[,(，]?\s*(?:(?:attained|achieved|reached|when|where|since|because|occurring)\b"
+    r"|此时|当|其中)[^.\n]{0,40}"
+)
 NONE = re.compile(r"\bno (?:real )?solutions?\b|\bdoes not exist\b|\binfinitely many\b", re.I)
 CORRECTION = re.compile(r"\b(?:wait|actually|correction|sorry|oops|hold on)\b", re.I)
 JSON_FIELD = re.compile(
@@ -159,6 +166,12 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
                 found.pop()
             found.append((box[0], m.end(), text[box[1] : m.start()].strip()))
     return found
+
+
+def _meant(text: str) -> list[tuple[int, int, str]]:
+    r"""The boxes that say something, without "not \boxed{5}"."""
+    boxes = [box for box in _boxes(text) if box[2]]
+    return [box for box in boxes if not NOT.search(text[max(0, box[0] - 20) : box[0]])]
 
 
 def _formulas(text: str) -> list[tuple[int, int, str]]:
@@ -210,46 +223,77 @@ def _without_markdown(text: str) -> str:
 
 def _last_value(text: str) -> str | None:
     """The last formula or number, without what only explains it."""
-    formulas = _formulas(text)
-    for start, end, content in formulas:
-        if content[:1] in ("^", "_"):  # of a unit
+    text = QUESTION.sub(" ", text)
+    formulas = []
+    for start, end, content in _formulas(text):
+        if NO_ANSWER.match(content):
             text = f"{text[:start]}{' ' * (end - start)}{text[end:]}"
-    sentences = [t for t in re.split(r"(?:[.!](?=\s|$)|[\n。])", text) if re.search(r"[\w$]", t)]
+        else:
+            formulas.append((start, end, content))
+    sentences = [t for t in SENTENCE.split(text) if re.search(r"[\w$]", t)]
     last = SO.sub("", sentences[-1][:400]) if sentences else ""
-    stated = re.search(r"\b(?:is|are|equals?|be)\s(?!.*\b(?:is|are|equals?|be)\s)(.+)", last)
-    if stated and NOT.search(last[: stated.end(0) - len(stated[1])].rstrip()):
-        stated = None
-    for whole in (last, stated[1] if stated else ""):
-        if not OPENING.search(last) and _readable(whole):
+    if said := _said(last):
+        return said
+    groups = _joined(text, formulas)
+    groups = [g for g in groups if len(g[2]) > 1 or g[2].isdigit()] or groups
+    while len(groups) > 1 and WHEN.fullmatch(text[groups[-2][1] : groups[-1][0]]):
+        groups.pop()
+    after = groups[-1][1] if groups else 0
+    for sentence in reversed(SENTENCE.split(text[after:])[-30:]):
+        if number := _number(sentence, beside_formula=bool(groups)):
+            return number
+    if groups:
+        return _with_unit(groups[-1][2], text[after:])
+    word = None if re.search(r"\d", text) else re.search(r"\b(?:is|are) (\w+)$", last)
+    return word[1] if word else None
+
+
+def _said(sentence: str) -> str | None:
+    """A sentence that is nothing but mathematics, or says it after "is", "there are" or a colon."""
+    stated = STATED_LAST.search(sentence)
+    stated = stated[2] if stated and not NOT.search(stated[1]) else ""
+    for whole in (sentence, stated, sentence.rpartition(": ")[2]):
+        if not OPENING.search(sentence) and _readable(whole):
             return whole.strip()
-    there = re.search(r"\b[Tt]here (?:are|is|were)\s(?:exactly |only )?(\d[\d,]*|[a-z-]+)\b", last)
+    there = THERE_ARE.search(sentence)
     if there and (there[1][0].isdigit() or spelled(there[1])):
         return there[1]
-    if none := NONE.search(last):
-        return none[0]
-    groups = [g for g in _joined(text, formulas) if g[2][:1] not in ("^", "_")]
-    telling = [g for g in groups if len(g[2]) > 1 or g[2].isdigit()] or groups
-    after = telling[-1][1] if telling else 0
-    for sentence in reversed(re.split(r"(?:\.(?=\s|$)|[\n。])", text[after:])[-30:]):
-        found = [
-            (n, sentence[max(0, n.start() - 30) : n.start()]) for n in NUMBER.finditer(sentence)
-        ]
-        numbers = [n for n, before in found if not NOT.search(before)]
-        if compound := COMPOUND.search(sentence):
-            return compound[0]
-        if not numbers:
-            continue
-        if not telling:
-            first = numbers[0].start()
-            reason = REASON.search(sentence, first)
-            before = [n for n in numbers if not reason or n.start() < reason.start()]
-            if re.search(r"\bbetween\b|\bfrom\b", sentence[:first], re.I) and len(before) > 1:
-                return sentence.strip()
-            return before[-1].group().strip()
+    none = NONE.search(sentence)
+    return none[0] if none else None
+
+
+def _number(sentence: str, beside_formula: bool) -> str | None:
+    """The number that a sentence gives; after a formula, none that only explains it."""
+    if compound := COMPOUND.search(sentence):
+        return compound[0]
+    numbers = [n for n in NUMBER.finditer(sentence) if not DENIED.match(sentence, n.end())]
+    numbers = [n for n in numbers if not NOT.search(sentence[max(0, n.start() - 30) : n.start()])]
+    if not numbers:
+        return None
+    first = numbers[0].start()
+    if beside_formula:
         reason = REASON.search(sentence) or re.search(r"\bor\b|[=(]", sentence)
-        if not reason or numbers[0].start() < reason.start():
-            return numbers[-1].group().strip()
-    return telling[-1][2] if telling else None
+        return numbers[-1].group().strip() if not reason or first < reason.start() else None
+    if reason := REASON.search(sentence, first):
+        numbers = [n for n in numbers if n.start() < reason.start()]
+    if len(numbers) > 1 and re.search(r"\b(?:between|from)\b", sentence[:first], re.I):
+        return sentence.strip()
+    start, end = numbers[-1].span()
+    for n in reversed(numbers[:-1]):  # 12 or 15
+        if not JOINT.fullmatch(sentence[n.end() : start]):
+            break
+        start = n.start()
+    if re.search(r"\b(?:and|or)\b", sentence[start:end]):
+        return sentence[start:end]
+    return _with_unit(numbers[-1].group().strip(), sentence[end:])
+
+
+def _with_unit(answer: str, rest: str) -> str:
+    """The answer with the unit that the rest of the text begins with."""
+    unit = re.match(r"\s?([A-Za-z]{1,12})((?:\^?[23²³])?)(?![\w(])", rest)
+    if unit and unit[1] != "in" and known_unit(unit[1]) in UNITS.values():
+        return rf"{answer}\text{{ {unit[1]}}}{unit[2]}"
+    return answer
 
 
 def _readable(text: str) -> bool:
@@ -269,10 +313,7 @@ def _clause(text: str) -> str:
         text = text[exactly.end() :] if exactly else text
     groups = _joined(text, _formulas(text))
     if groups and groups[0][0] == 0:
-        unit = re.match(r"\s?([A-Za-z]{1,12})\b", text[groups[0][1] :])
-        if unit and unit[1].lower() in UNITS:
-            return rf"{groups[0][2]}\text{{ {unit[1]}}}"
-        return groups[0][2]
+        return _with_unit(groups[0][2], text[groups[0][1] :])
     end = ENDING.search(text)
     while end and any(g[0] < end.start() < g[1] for g in groups):
         end = ENDING.search(text, end.end())
@@ -280,7 +321,12 @@ def _clause(text: str) -> str:
     if letter := CHOICE_IN_TEXT.match(text):
         return letter[1] if len(clause) > 3 and not _readable(clause) else clause
     bounds = re.match(r"(?:between|from|at least|at most|more|less)\b", clause, re.I)
-    if re.search(r"\d.*\bor\b.*\d", clause) or bounds or not re.search(r"\d|\$|\\[(\[]", clause) or _readable(clause):
+    if (
+        re.search(r"\d.*\bor\b.*\d", clause)
+        or bounds
+        or not re.search(r"\d|\$|\\[(\[]", clause)
+        or _readable(clause)
+    ):
         return clause
     return _last_value(clause) or clause
 
@@ -290,7 +336,7 @@ def _stated(text: str) -> str | None:
     found = list(STATED.finditer(text))
     before = list(IS_THE_ANSWER.finditer(text))
     if before and (not found or found[-1].start() < before[-1].start()):
-        return (before[-1][1] or before[-1][2]).strip("*$\"'")
+        return before[-1][before[-1].lastindex].strip("*$\"'")
     for m in reversed(found[-6:]):
         rest = text[m.end() :]
         if re.match(r"\s?not\b", rest):
@@ -298,6 +344,8 @@ def _stated(text: str) -> str | None:
         answer = _clause(rest)
         if not answer or answer.lower() in ("correct", "right", "wrong", "clear", "yes, correct"):
             continue
+        if DECIMAL_COMMA.search(m.group()) and re.fullmatch(r"-?\d+,\d{1,2}", answer):
+            answer = answer.replace(",", ".")
         corrected = CORRECTION.search(rest)
         if corrected and (later := _last_value(rest[corrected.end() :])):
             return later
@@ -312,12 +360,12 @@ def extract_answer(text: str) -> str | None:
     that is nothing but mathematics, the last formula or number. Linear in its length."""
     text = _text(text)
     text = text[text.rfind(FINAL_CHANNEL) + len(FINAL_CHANNEL) :] if FINAL_CHANNEL in text else text
-    ends = [at for mark in TURN_ENDS if (at := text.find(mark, 1)) > 0]
-    text = text[: min(ends)] if ends else text
+    end = TURN_END.search(text, 1)
+    text = text[: end.start()] if end else text
     text = text[text.rfind("</think>") + 8 :] if "</think>" in text else text
     text = text[-MAX_RESPONSE:]
     boxed = "oxed" in text or "fbox" in text or "framebox" in text
-    if boxed and (boxes := _joined(text, [box for box in _boxes(text) if box[2]])):
+    if boxed and (boxes := _joined(text, _meant(text))):
         rest = _without_markdown(text[boxes[-1][1] :][:MAX_TAIL])
         later = _stated(rest) if STATED.search(rest) else None
         if later and len(later) < 60 and re.fullmatch(r"\(?[A-J]\)?|[-\d.,/ ]*\d", later):
@@ -338,7 +386,9 @@ def extract_answer(text: str) -> str | None:
             return line[:MAX_CHARS]
     if answer := _stated(text):
         return answer
-    if len(text) <= 300 and text.strip() and _readable(text):
+    formulas = _formulas(text[:300])
+    prose = PROSE.search(text[: formulas[0][0]]) if formulas else None
+    if len(text) <= 300 and text.strip() and not prose and _readable(text):
         return text.strip()
     return _last_value(text) or (m[1] if (m := CHOICE_IN_TEXT.fullmatch(text)) else None)
 
@@ -360,36 +410,29 @@ MARKS = {
 for _digit, (_high, _low) in enumerate(zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "₀₁₂₃₄₅₆₇₈₉", strict=True)):
     MARKS |= {_high: f"^{_digit}", _low: f"_{_digit}"}
 TABLE = str.maketrans(MARKS)
-REWRITE = [
-    (re.compile(pattern, re.S), replacement)
-    for pattern, replacement in (
-        (r"<\|.*", ""),
-        (r"&nbsp;|~", " "),
-        (r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),
-        (r"(?<=\d)\\!(?=[:.])|(?<=[:.])\\!(?=\d)", ""),
-        (r"(?<=\d)(?:,\\!|\{,\}\\?!?|\\,|\\ ) ?(?=\d{3}(?!\d))", ""),  # digit groups
-        (r" ?\{ ?([,:.]) ?\} ?", r"\1"),
-        (r"(?<=\d) ?\\mathrm\{e\} ?(?=[-+]?\d)", "e"),
-        (r"\{([^{}]{1,200})\\choose([^{}]{1,200})\}", r"\\binom{\1}{\2}"),
-        (r"\^ ?\{? ?(?:\\circ|\\degree)(?![A-Za-z]) ?\}?|\\degree(?![A-Za-z])", r"\\deg "),
-        (r"\bsq\. ?", "square "),
-        (r"\b[Aa]ll real numbers\b|\\Reals?\b|\\R\b", r"\\mathbb{R}"),
-        (r"\\\{ ?\\\}", r"\\emptyset "),
-    )
-]
+REWRITE = {
+    re.compile(pattern, re.S): replacement
+    for pattern, replacement in {
+        r"<\|.*": "",
+        r"&nbsp;|~": " ",
+        r"(?<=\d) ?[xX] ?(?=10 ?\^)": r"\\times ",
+        r"(?<=\d)\\!(?=[:.])|(?<=[:.])\\!(?=\d)": "",
+        r"(?<=\d)(?:,\\!|\{,\}\\?!?|\\,|\\ ) ?(?=\d{3}(?!\d))": "",  # digit groups
+        r" ?\{ ?([,:.]) ?\} ?": r"\1",
+        r"(?<=\d) ?\\mathrm\{e\} ?(?=[-+]?\d)": "e",
+        r"\{([^{}]{1,200})\\choose([^{}]{1,200})\}": r"\\binom{\1}{\2}",
+        r"\^ ?\{? ?(?:\\circ|\\degree)(?![A-Za-z]) ?\}?|\\degree(?![A-Za-z])": r"\\deg ",
+        r"\bsq\. ?": "square ",
+        r"\b[Aa]ll real numbers\b|\\Reals?\b|\\R\b": r"\\mathbb{R}",
+        r"\\\{ ?\\\}": r"\\emptyset ",
+    }.items()
+}
 WHOLE_TEXT = re.compile(r"^\\(?:text|mbox|textbf|textit|mathrm)\s?\{([^{}]*)\}\W*$")
 NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen
-    fourteen fifteen sixteen seventeen eighteen nineteen""".split()
-NUMBER_WORDS = {word: n for n, word in enumerate(NUMBER_WORDS)}
-for _n, _word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split()):
-    NUMBER_WORDS[_word] = 10 * _n + 20
-SYNONYMS = {
-    "dne": "doesnotexist",
-    "undefined": "doesnotexist",
-    "nosolutions": "nosolution",
-    "none": "nosolution",
-    "infinity": r"\infty",
-}
+    fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy
+    eighty ninety"""
+NUMBER_WORDS = dict(zip(NUMBER_WORDS.split(), (*range(20), *range(20, 100, 10)), strict=True))
+NO_VALUE = re.compile(r"(dne|undefined|.*doesnotexist.*)|(none|.*no(?:real)?solution.*)")
 GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3}){1,200}(?![\d,])")
 REPEATING = re.compile(
     r"(?<!\d)(\d{0,40})\.(\d{0,40})\\(?:overline|bar|dot) ?(?:\{(\d{1,40})\}|(\d))"
@@ -432,7 +475,7 @@ def clean(s: str) -> str:
         s = s.replace("$", "\\$")  # money
     s = re.sub(r"(?<!\\)\$", " ", s)
     s = WHOLE_TEXT.sub(r"\1", s.strip())
-    for pattern, replacement in REWRITE:
+    for pattern, replacement in REWRITE.items():
         s = pattern.sub(replacement, s)
     s = s.strip(' *"“”`').removeprefix("'").removesuffix("'") if s[:1] == "'" else s
     s = s.strip(' *"“”`').rstrip(".;,:? ").strip()
@@ -451,9 +494,10 @@ def clean(s: str) -> str:
 
 
 def spelled(s: str) -> str:
-    """"21" of "twenty-one"; "" of what is no number in words."""
+    """The digits of "twenty-one"; "" of what is no number in words."""
     done = hundreds = 0
-    for word in s.lower().replace("-", " ").replace(" and ", " ").split():
+    found = s.lower().replace("-", " ").replace(" and ", " ").split()
+    for word in found:
         value = NUMBER_WORDS.get(word)
         if value is not None and hundreds % (10 if value < 10 else 100) == 0:
             hundreds += value
@@ -463,7 +507,7 @@ def spelled(s: str) -> str:
             done, hundreds = done + SCALES[word] * max(1, hundreds), 0
         else:
             return ""
-    return str(done + hundreds) if s.strip() else ""
+    return str(done + hundreds) if found else ""
 
 
 def words(s: str) -> str:
@@ -471,8 +515,8 @@ def words(s: str) -> str:
     s = re.sub(r"\\(?:text|mbox|mathrm|textbf)[a-z]{0,4}\s?\{([^{}]*)\}", r"\1", s)
     s = re.sub(r"(?<!\d)\s+|\s+(?!\d)|\\[,;!]|(?<!\\)\$", "", s)  # "2 3" is not 23
     s = re.sub(r"[A-Za-z]{2,}", lambda m: m.group().lower(), s)
-    none = len(s) < 60 and re.search(r"doesnotexist|no(?:real)?solution|infinitelymany", s)
-    return none[0].replace("real", "") if none else SYNONYMS.get(s, s)
+    none = NO_VALUE.fullmatch(s) if len(s) < 60 else None
+    return {1: "doesnotexist", 2: "nosolution"}[none.lastindex] if none else s
 
 
 # -------------------------------------------------------------------------------------------------
@@ -529,19 +573,22 @@ SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, 
 UNITS = {
     name: (base, Fraction(factor))
     for base, factor, names in (
-        ("m", 1, "m meter metre"), ("m", "0.0254", "in inch inche"), ("m", "0.3048", "ft foot feet"),
-        ("m", "0.9144", "yd yard"), ("m", "1609.344", "mi mile"), ("m", "0.01", "cm"),
-        ("m", 1000, "km"), ("m", "0.001", "mm"), ("g", 1, "g gram"), ("g", 1000, "kg"),
-        ("g", "453.59237", "lb lbs pound"), ("s", 1, "s sec second"), ("s", 60, "min minute"),
-        ("s", 3600, "h hr hour"), ("s", 86400, "day"), ("s", 604800, "week"), ("year", 1, "yr year"),
-        ("L", 1, "L l liter litre"), ("L", "0.001", "ml mL"), ("$", 1, "$ dollar usd"),
-        ("$", "0.01", "cent"), ("unit", 1, "unit"), ("mol", 1, "mol mole"), ("mph", 1, "mph"),
+        ("m", 1, "m meter metre"), ("m", "0.01", "cm"), ("m", 1000, "km"), ("m", "0.001", "mm"),
+        ("m", "0.0254", "in inch inche"), ("m", "0.3048", "ft foot feet"), ("g", 1, "g gram"),
+        ("m", "0.9144", "yd yard"), ("m", "1609.344", "mi mile"), ("mph", 1, "mph"),
+        ("g", 1000, "kg"), ("g", "453.59237", "lb lbs pound"), ("s", 1, "s sec second"),
+        ("s", 60, "min minute"), ("s", 3600, "h hr hour"), ("s", 86400, "day"),
+        ("s", 604800, "week"), ("year", 1, "yr year"), ("L", 1, "L l liter litre"),
+        ("L", "0.001", "ml mL"), ("$", 1, "$ dollar usd"), ("$", "0.01", "cent"),
+        ("unit", 1, "unit"), ("mol", 1, "mol mole"),
     )
     for name in names.split()
 }  # fmt: skip
-PREFIXES = {"k": 10**3, "c": Fraction(1, 100), "m": Fraction(1, 1000), "M": 10**6, "n": Fraction(1, 10**9)}
-PREFIXES |= {"kilo": 10**3, "centi": Fraction(1, 100), "milli": Fraction(1, 1000), "mega": 10**6, "nano": Fraction(1, 10**9)}
-PREFIXED = re.compile(r"([kcmMn])(m|g|s|L|l|J|N|W|V|A|C|F|T|Hz|Pa|eV|mol)|(kilo|centi|milli|mega|nano)([a-z]{3,})")
+PREFIXES = {"k": 1000, "kilo": 1000, "c": Fraction(1, 100), "centi": Fraction(1, 100)}
+PREFIXES |= {"m": Fraction(1, 1000), "milli": Fraction(1, 1000), "M": 10**6, "mega": 10**6}
+PREFIXED = re.compile(
+    r"([kcmM](?=(?:[mgsLlJNWVACFT]|Hz|Pa|eV|mol)$)|(?:kilo|centi|milli|mega)(?=[a-z]{3}))(.+)"
+)
 SYMBOL = r"(?:[kcmnMµ]?(?:m|g|s|L|l|J|N|W|V|A|C|K|F|T|Hz|Pa|eV|mol)|h|ft|mi|lb|erg|min)"
 SYMBOL += r"(?:\^?\{?-?\d\}?)?"
 PLAIN_UNIT = re.compile(rf"{SYMBOL}(?:[/ ]{SYMBOL})* *$")
@@ -551,6 +598,8 @@ RELATIONS = dict(zip(
     ("=", "<", ">", r"\le", r"\ge", r"\ne", r"\equiv", r"\in", r"\notin"),
     ("=", "<", ">", "<=", ">=", "!=", "equiv", "in", "notin"), strict=True,
 ))  # fmt: skip
+SEPARATORS = (",", ";", "and", "or")
+SET_SIGNS = {r"\cup": "union", r"\cap": "cap", r"\setminus": "minus"}
 PAIRS = {
     "(": (")", "]"), "[": ("]", ")", "["), "]": ("[", "]"), r"\{": (r"\}",),
     r"\langle": (r"\rangle",), r"\lfloor": (r"\rfloor",), r"\lceil": (r"\rceil",),
@@ -631,6 +680,8 @@ def _text_token(command: str, content: str, tokens: list) -> None:
             tokens += [("letter", letter) for letter in content]
     elif not re.search(r"[^\W\d]", content) or (content[0] == "\\" and content[1:] in LETTERS):
         tokenize(content, tokens)
+    elif m := re.fullmatch(r"(\D+?),? (and|or)", content):  # hours and
+        tokens += [("text", m[1]), ("op", m[2])]
     else:
         tokens.append(("text", content))
 
@@ -643,7 +694,7 @@ def _word_token(t: str, spaced: bool, tokens: list) -> None:
     follows_unit = (kind == "text" and last not in NO_UNIT) or (
         last == "/" and len(tokens) > 1 and tokens[-2][0] == "text"
     )
-    unit = lower in UNITS or lower.removesuffix("s") in UNITS
+    unit = len(t) > 1 and (lower in UNITS or lower.removesuffix("s") in UNITS)
     if t in ("and", "or"):
         tokens.append(("op", t))
     elif lower in ("percent", "percentage", "degrees", "degree") and _takes_unit(tokens):
@@ -675,8 +726,8 @@ def known_unit(word: str) -> tuple:
     if known := UNITS.get(word) or UNITS.get(singular) or UNITS.get(word.lower()):
         return known
     if m := PREFIXED.fullmatch(singular):
-        base, factor = known_unit(m[2] or m[4])
-        return base, factor * PREFIXES[m[1] or m[3]]
+        base, factor = known_unit(m[2])
+        return base, factor * PREFIXES[m[1]]
     return singular if len(word) > 2 else word, Fraction(1)
 
 
@@ -698,6 +749,8 @@ def unit_key(text: str) -> tuple[str, Fraction]:
         elif word:
             found.append([*known_unit(word), sign * int(exponent or power)])
             power = 1
+    if len(found) > 12:
+        raise Limit
     powers = {base: sum(n for b, _, n in found if b == base) for base, _, _ in found}
     factor = prod((f**n for _, f, n in found), start=Fraction(1))
     return " ".join(f"{base}^{n}" for base, n in sorted(powers.items())), factor
@@ -729,16 +782,18 @@ class Parser:
         kind, t = (self.tokens[self.at + ahead : self.at + ahead + 1] or [("", "")])[0]
         return "" if kind == "text" else t
 
-    def take(self, *expected: str) -> bool:
-        if self.peek() in expected and self.kind() not in ("num", ""):
-            self.at += 1
-            return True
-        return False
+    def take(self, *expected: str) -> str:
+        """The next sign or name if it is one of these, and past it."""
+        t = self.peek()
+        if t not in expected or self.kind() in ("num", ""):
+            return ""
+        self.at += 1
+        return t
 
     def need(self, *expected: str) -> str:
-        if not self.take(*expected):
+        if not (t := self.take(*expected)):
             raise Limit
-        return self.tokens[self.at - 1][1]
+        return t
 
     def deeper(self, rule):
         self.depth += 1
@@ -757,10 +812,10 @@ class Parser:
     def items(self, *closing: str):
         """relation, relation ... -> one tree, a list, or the set that relations make."""
         found, either = [self.deeper(self.relation)], False
-        while self.take(",", ";", "and", "or"):
-            self.at -= 1
-            while self.take(",", ";", "and", "or"):
-                either |= self.tokens[self.at - 1][1] == "or"
+        while between := self.take(*SEPARATORS):
+            while between:
+                either |= between == "or"
+                between = self.take(*SEPARATORS)
             if not self.kind() or self.peek() in closing:
                 break
             found.append(self.deeper(self.relation))
@@ -770,9 +825,11 @@ class Parser:
         if self.take("=", r"\equiv"):  # "= 42"
             return self.sets()
         sides, ops = [self.sets()], []
-        while self.kind() == "op" and self.peek() in RELATIONS:
-            ops.append(RELATIONS[self.need(*RELATIONS)])
+        while op := self.take(*RELATIONS):
+            ops.append(RELATIONS[op])
             sides.append(self.sets())
+        if len(ops) > 20:
+            raise Limit
         if ops == ["in"] and name(sides[0]):
             return sides[1]
         if ops == ["notin"]:
@@ -789,9 +846,8 @@ class Parser:
 
     def sets(self):
         tree = self.ratio()
-        while self.take(r"\cup", r"\cap", r"\setminus"):
-            op = {r"\cup": "union", r"\cap": "cap"}.get(self.tokens[self.at - 1][1], "minus")
-            tree = (op, tree, self.ratio())
+        while op := self.take(*SET_SIGNS):
+            tree = (SET_SIGNS[op], tree, self.ratio())
         return tree
 
     def ratio(self):
@@ -804,8 +860,8 @@ class Parser:
         terms = []
         while not terms or (self.kind() == "op" and self.peek() in ("+", "-")):
             minus = False
-            while self.take("+", "-"):
-                minus ^= self.tokens[self.at - 1][1] == "-"
+            while sign := self.take("+", "-"):
+                minus ^= sign == "-"
             term = self.product()
             terms.append(negate(term) if minus else term)
         return terms[0] if len(terms) == 1 else ("add", *terms)
@@ -813,21 +869,20 @@ class Parser:
     def product(self):
         tree = factor = self.power()
         while True:
-            if self.take("*"):
-                tree = ("mul", tree, factor := self.signed())
-            elif self.take("/"):
-                tree = ("div", tree, factor := self.signed())
+            if sign := self.take("*", "/"):
+                tree = ("mul" if sign == "*" else "div", tree, factor := self.signed())
             elif self.kind() == "text":
                 tree = factor = self.unit(tree)
             elif self.take(r"\$"):
-                tree = ("unit", tree, *unit_key("$"))
+                tree = ("unit", tree, *unit_key("$"), "$")
             elif self.kind() == "num" and tree[0] == "unit":  # 2 hours 15 minutes
                 tree = joined([tree, self.deeper(self.product)], False)
                 if tree[0] != "unit":
                     raise Limit
             elif (
                 self.kind() == "num"
-                and factor[0] != "pow"
+                and factor[0] not in ("pow", "div")
+                and not (factor[0] == "sym" and self.peek(1) == "^")  # n2^n
                 and self.peek(-1) not in (")", "}", "]", "!")
             ):
                 raise Limit  # "2 3" is no product; 2^6 3^5 and \frac12 3^n are
@@ -852,7 +907,7 @@ class Parser:
             tree = (
                 (*tree[:1], ("mul", tree[1], factor), *tree[2:]) if money else ("mul", tree, factor)
             )
-        return ("unit", tree, *unit_key(text)) if text.strip() else tree
+        return ("unit", tree, *unit_key(text), text.strip()) if text.strip() else tree
 
     def signed(self):
         if self.take("-"):
@@ -868,15 +923,14 @@ class Parser:
 
     def power(self):
         tree = self.deeper(self.atom)
-        while True:
-            if self.take("^", "**"):
-                tree = ("pow", tree, self.deeper(self.exponent))
-            elif self.take("!"):
+        while mark := self.take("^", "**", "!", "%", r"\deg"):
+            if mark == "!":
                 tree = ("fun", "factorial2" if self.take("!") else "factorial", tree)
-            elif self.take("%", r"\deg"):
-                tree = ("percent" if self.tokens[self.at - 1][1] == "%" else "deg", tree)
+            elif mark in ("%", r"\deg"):
+                tree = ("percent" if mark == "%" else "deg", tree)
             else:
-                return tree
+                tree = ("pow", tree, self.deeper(self.exponent))
+        return tree
 
     def exponent(self):
         """2^{3^2} also where it is written 2^3^2."""
@@ -970,7 +1024,7 @@ class Parser:
         if t == r"\$":
             tree = self.power()
             tree = self.unit(tree) if self.kind() == "text" else tree
-            return tree if tree[0] == "unit" else ("unit", tree, *unit_key("$"))
+            return tree if tree[0] == "unit" else ("unit", tree, *unit_key("$"), "$")
         if t in (r"\sum", r"\prod", r"\int"):
             return self.series(t[1:])
         if t.startswith(r"\begin"):
@@ -990,8 +1044,8 @@ class Parser:
             self.skip_group()
         while t in (r"\angle", r"\triangle") and self.kind() == "letter" and self.peek().isupper():
             self.at += 1
-        while self.take("_", "'"):
-            if self.tokens[self.at - 1][1] == "_":
+        while mark := self.take("_", "'"):
+            if mark == "_":
                 self.skip_group()
         if t in ("f", "g", "h") and [self.peek(i) for i in range(6)] == listed("^ { - 1 } ("):
             self.at += 5
@@ -1013,8 +1067,8 @@ class Parser:
         if f == "sqrt":
             return self.root()
         base = power = None
-        while self.take("_", "^"):
-            if self.tokens[self.at - 1][1] == "_":
+        while mark := self.take("_", "^"):
+            if mark == "_":
                 base = self.group()
             else:
                 power = self.group()
@@ -1046,8 +1100,8 @@ class Parser:
     def series(self, kind: str):
         r"""\sum_{k=1}^{n} k, \prod, \int_0^1 x dx -> ("sum", letter, low, high, body)."""
         low = high = letter = None
-        while self.take("_", "^"):
-            if self.tokens[self.at - 1][1] == "^":
+        while mark := self.take("_", "^"):
+            if mark == "^":
                 high = self.group()
             elif kind == "int":
                 low = self.group()
@@ -1234,7 +1288,7 @@ def combined(op: str, args: list):
     if any(x.is_Matrix for x in args):
         return sum(args[1:], args[0]) if op == "add" else prod(args[1:], start=args[0])
     if sum(bits(x) for x in args) > 4 * MAX_BITS:
-        raise TooLarge
+        raise Limit
     return limited(sympy.Add(*args) if op == "add" else sympy.Mul(*args))
 
 
@@ -1246,7 +1300,7 @@ def bits(x) -> int:
 
 def limited(value):
     if not value.is_Matrix and bits(value) > MAX_BITS:
-        raise TooLarge
+        raise Limit
     return value
 
 
@@ -1263,7 +1317,7 @@ def power(base, exponent):
     if base.is_Rational and exponent.is_Integer:
         bits = max(base.p.bit_length(), base.q.bit_length())
         if bits > 1 and abs(exponent) * bits > 2 * MAX_BITS:
-            raise TooLarge
+            raise Limit
         return base**exponent
     if base.is_Rational and exponent.is_Rational and exponent.q <= 12 and abs(exponent.p) < 100:
         root = sympy.Rational(isqrt(abs(base.p)), isqrt(base.q))
@@ -1278,23 +1332,23 @@ def power(base, exponent):
 
 
 def function(f: str, args: list):
+    """A function of rational numbers that has a rational value; another stays a name."""
     import sympy
 
     if f == "det" and args[0].is_Matrix and args[0].rows == args[0].cols <= 4:
         return args[0].det(method="berkowitz")
     if any(x.is_Matrix for x in args):
         raise Limit
-    whole = all(x.is_Integer for x in args)
-    if whole and min(args) >= 0 and f in ("factorial", "factorial2", "binomial"):
-        if args[0] > (5000 if f == "binomial" else 3000):
-            raise TooLarge
-        return getattr(sympy, f)(*args)
-    if whole and f in ("gcd", "lcm"):
-        return getattr(sympy, f)(args)
-    if all(x.is_Rational for x in args) and f in ("floor", "ceil", "abs", "max", "min"):
-        if f in ("max", "min"):
-            return (max if f == "max" else min)(args)
-        return {"floor": sympy.floor, "ceil": sympy.ceiling, "abs": sympy.Abs}[f](args[0])
+    exact = {"floor": sympy.floor, "ceil": sympy.ceiling, "abs": sympy.Abs, "max": max, "min": min}
+    if f in exact and all(x.is_Rational for x in args):
+        return exact[f](args) if f in ("max", "min") else exact[f](args[0])
+    if all(x.is_Integer for x in args):
+        if f in ("gcd", "lcm"):
+            return getattr(sympy, f)(args)
+        if f in ("factorial", "factorial2", "binomial") and min(args) >= 0:
+            if args[0] > 3000:
+                raise Limit
+            return getattr(sympy, f)(*args)
     return sympy.Function(f)(*args)
 
 
@@ -1387,6 +1441,9 @@ class Number:
             value = self.function(f, args)
         if mp.isnan(value) or mp.isinf(value):
             raise Limit
+        for component in (value.real, value.imag):  # mpmath adds squares of any sizes exactly
+            if component and abs(mp.mag(component)) > 2 * MAX_LOG2:
+                raise Limit
         small = mp.mpf(10) ** (5 - mp.dps)
         if isinstance(value, mp.mpc) and abs(value.imag) <= abs(value.real) * small:
             return value.real
@@ -1415,24 +1472,21 @@ class Number:
             return mp.log(x) / (mp.log(y) if len(args) == 2 else mp.log(10) if self.log10 else 1)
         if f in ("abs", "cis", "ln"):
             return {"abs": abs, "cis": mp.expj, "ln": mp.log}[f](x)
-        if f in ("floor", "ceil", "max", "min", "gcd", "lcm", "cbrt") or f[:6] in (
-            "factor",
-            "binomi",
-        ):
-            gamma = f[:6] in ("factor", "binomi")
+        gamma = f in ("factorial", "factorial2", "binomial")
+        if gamma or f in ("floor", "ceil", "max", "min", "gcd", "lcm", "cbrt"):
+            whole = [mp.nint(v) if abs(v - mp.nint(v)) < 1e-40 else v for v in args]
             self.budget[0] -= 60 * self.cost * (gamma and not all(map(mp.isint, args)))
             if any(isinstance(v, mp.mpc) or (gamma and abs(v) > 1500) for v in args):
                 raise Limit
-            near_whole = [mp.nint(v) if abs(v - mp.nint(v)) < 1e-40 else v for v in args]
             if f in ("gcd", "lcm"):
-                if not all(map(mp.isint, near_whole)):
+                if not all(map(mp.isint, whole)):
                     raise Limit
-                return mp.mpf({"gcd": gcd, "lcm": lcm}[f](*map(int, near_whole)))
+                return mp.mpf({"gcd": gcd, "lcm": lcm}[f](*map(int, whole)))
             if f in ("max", "min"):
                 return (max if f == "max" else min)(args)
             if f == "cbrt":
                 return mp.sign(x) * mp.cbrt(abs(x))
-            args = near_whole if f in ("floor", "ceil") else args
+            args = whole if f in ("floor", "ceil") else args
             return getattr(mp, {"factorial2": "fac2"}.get(f, f))(*args)
         if len(args) > 1 or f not in FUNCTIONS:
             raise Limit
@@ -1469,7 +1523,7 @@ def points(expressions: list) -> list[dict]:
     ones, the others at reals of both signs, two of them whole; and all of them beside the numbers
     that occur, where \\max(x, 200) or \\gcd(n, 29) change."""
     names = sorted(letters(*expressions))
-    counting = sorted((s for s in names if s in COUNTING), key=COUNTING.index)
+    counting = [s for s in COUNTING if s in names]
     if not names:
         return [{}]
     chosen = []
@@ -1477,14 +1531,13 @@ def points(expressions: list) -> list[dict]:
         point = {}
         for i, s in enumerate(names):
             seed = zlib.crc32(s.encode())
-            if s in COUNTING:
-                n, place = LARGE[j - 17] if j >= 17 else j + 1, counting.index(s)
-                point[s] = Fraction(1 + (7 * j + 3 * place) % n if place else n)
-            else:
-                x = REALS[(j + seed * min(i, 1)) % len(REALS)]
-                x = abs(x) if j < 3 else x
-                # letters at the same place still differ
-                point[s] = x if x.denominator == 1 else x * (1 + Fraction(seed % 97, 1000))
+            x = REALS[(j + seed * min(i, 1)) % len(REALS)]
+            x = abs(x) if j < 3 else x
+            # letters at the same place still differ
+            point[s] = x if x.denominator == 1 else x * (1 + Fraction(seed % 97, 1000))
+        n = LARGE[j - 17] if j >= 17 else j + 1
+        for place, s in enumerate(counting[::-1] if j % 4 == 3 else counting):  # also k > n
+            point[s] = Fraction(1 + (7 * j + 3 * place) % n if place else n)
         chosen.append(point)
     for c in constants(expressions):
         for sign in (1, -1):
@@ -1495,11 +1548,9 @@ def points(expressions: list) -> list[dict]:
 
 def constants(expressions: list) -> list[Fraction]:
     """The sizes of some numbers from 20 to 10^9 in expressions."""
-    found = set()
-    for n in set().union(*(e.atoms() for e in expressions)):
-        if n.is_Rational and 20 <= abs(n) <= 10**9:
-            found.add(Fraction(int(abs(n.p)), int(n.q)))
-    return sorted(found)[:4]
+    atoms = set().union(*(e.atoms() for e in expressions))
+    sizes = {abs(n) for n in atoms if n.is_Rational and 20 <= abs(n) <= 10**9}
+    return [Fraction(int(n.p), int(n.q)) for n in sorted(sizes)[:4]]
 
 
 def near(x, y) -> bool:
@@ -1601,7 +1652,7 @@ class Same:
     def measured(self, a, b) -> bool:
         """Values with a unit, degrees, per cent: the mark may be missing on one side."""
         if a[0] == b[0]:
-            if a[2:] != b[2:]:  # 100 cm and 1 m
+            if a[2:4] != b[2:4]:  # 100 cm and 1 m
                 x, y = (("mul", t[1], number(t[3])) for t in (a, b))
                 return a[2] == b[2] and self(x, y)
             return self(a[1], b[1])
@@ -1614,9 +1665,8 @@ class Same:
             return False
         if x[0] != "unit":
             return self.scalars(x, y) or self(x[1], y)
-        letter = x[2].removesuffix("^1")
-        if letter in symbols(y):  # 5 m is five metres, or 5 times m
-            return self(("mul", x[1], ("sym", letter)), y)
+        if x[4] in symbols(y):  # 5 m is five metres, or 5 times m
+            return self(("mul", x[1], ("sym", x[4])), y)
         return self(x[1], y)
 
     def named(self, x, y) -> bool:
@@ -1641,10 +1691,18 @@ class Same:
         return self.unordered(*items, self)
 
     def unordered(self, xs, ys, equal) -> bool:
-        """Equal as sets: every item has its partner on the other side."""
+        """Equal as sets: every item has its partner on the other side, if there are as many on both
+        sides one of its own."""
         if len(xs) * len(ys) > 900:
             raise Limit
         tried = partial(self.tried, equal)
+        if len(xs) == len(ys):
+            for x in xs:
+                partner = next((i for i, y in enumerate(ys) if tried(x, y)), None)
+                if partner is None:
+                    return False
+                ys = ys[:partner] + ys[partner + 1 :]
+            return True
         left = all(any(tried(x, y) for y in ys) for x in xs)
         return left and all(any(tried(x, y) for x in xs) for y in ys)
 
@@ -1690,6 +1748,8 @@ class Same:
     def ratios(self, a, b) -> bool:
         if a[0] == b[0] == "time":
             return a[1:3] == b[1:3] and (a[3] == b[3] or "" in (a[3], b[3]))
+        if any(t[0] == "time" and (t[3] or t[2] < 10) for t in (a, b)):  # no ratio
+            return False
         a, b = (("ratio", number(t[1]), number(t[2])) if t[0] == "time" else t for t in (a, b))
         for x, y in ((a, b), (b, a)):
             if y[0] != "ratio":
@@ -1959,15 +2019,14 @@ def _choice(s: str) -> tuple[str, bool]:
     m = re.match(r"\(?([A-J])(?:\)|[.:,](?=\s|$)|$)(?!\s*(?:[-+*/^=(,&]|and\b|or\b))", s)
     if not m:
         return "", False
-    others = re.findall(r"\(([A-J])\)|[,;]\s?\(?([A-J])\b(?!\s[a-z])", s[m.end() :])
+    others = re.findall(r"\(([A-J])\)|[,;]\s?\(?([A-J])\b(?!\s[a-z])", s[m.end(1) :])
     return ("" if any((a or b) != m[1] for a, b in others) else m[1]), m.end() == len(s)
 
 
 def _readings(s: str, other: str) -> list:
     """The trees of an answer: of "1,234" the number, and the list too where that may be meant."""
     if not GROUPED.search(s):
-        comma = re.fullmatch(r"-?\d+,\d+\D*", s) and "." in other and "," not in other
-        return [parse(s), *([parse(s.replace(",", "."))] if comma else [])]  # 3,5 is 3.5
+        return [parse(s)]
     forms = [GROUPED.sub(lambda m: m.group().replace(",", ""), s)]
     listed_too = not GROUPED.search(other) and "," in other and not re.search(r",0\d\d", s)
     listed_too |= re.fullmatch(r"\d{3}(,\d{3}){2,200}", s) is not None
@@ -2014,7 +2073,8 @@ def is_equal(prediction: str, gold: str) -> bool:
     if p == g:
         return True
     letter, alone = _choice(g)
-    if letter and alone and _choice(p)[0] == letter:
+    small = re.fullmatch(r"\(?[a-j]\)?", p)  # (c) for C
+    if letter and alone and _choice(p.upper() if small else p)[0] == letter:
         return True
     if CHOICES.fullmatch(p) and CHOICES.fullmatch(g):  # "A and C" is "AC"
         found = [re.findall(r"\b[A-J]+\b", re.sub("text", "", s)) for s in (p, g)]
@@ -2042,42 +2102,37 @@ def grade(response: str, gold: str) -> bool:
 def main(paths: list[str]) -> int:
     if not paths or paths[0] in ("-h", "--help"):
         print(
-            "usage: python checker.py CASES.jsonl ...   "
-            "rows with response, gold and, to count errors, expect (true or false)"
+            "usage: python checker.py CASES.jsonl ...   rows: response, gold; expect, true or false"
         )
         return 0 if paths else 2
     for path in paths:
+        times, right, wrong = [], 0, {True: 0, False: 0}
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in lines if line.strip()]
-            if missing := {"response", "gold"} - set.intersection(*(set(r) for r in rows)):
+            if missing := {"response", "gold"} - set.intersection(*map(set, rows)):
                 raise ValueError(f"rows without {' and '.join(sorted(missing))}")
         except (OSError, ValueError, TypeError) as e:
             message = (str(e) or "no rows").splitlines()[0]
             print(f"checker.py: {path}: {message}", file=sys.stderr)
             return 2
-        times, wrong = [], []
         for row in rows:
             start = time.perf_counter()
             verdict = grade(row["response"], row["gold"])
             times.append(time.perf_counter() - start)
-            if "expect" in row and verdict != row["expect"]:
-                wrong.append(verdict)
-                kind = "false accept" if verdict else "false reject"
+            right += verdict == row.get("expect")
+            if verdict != row.get("expect", verdict):
+                wrong[verdict] += 1
                 gold, answer = str(row["gold"])[:100], (extract_answer(row["response"]) or "")[:100]
+                kind = "false accept" if verdict else "false reject"
                 print(f"{kind} {row.get('id', '')}: {gold!r} against {answer!r}")
-        times.sort()
+        times = sorted(1e3 * seconds for seconds in times)
         report = f"{path}: {len(rows)} rows; "
-        if judged := sum("expect" in r for r in rows):
-            report += (
-                f"{100 * (1 - len(wrong) / judged):.2f}% right, {sum(wrong)} false accepts, "
-                f"{len(wrong) - sum(wrong)} false rejects; "
-            )
-        median, p99 = times[len(times) // 2], times[int(len(times) * 0.99)]
-        print(
-            f"{report}median {1e3 * median:.3f} ms, p99 {1e3 * p99:.2f} ms, "
-            f"longest {1e3 * times[-1]:.1f} ms"
-        )
+        if judged := right + sum(wrong.values()):
+            report += f"{100 * right / judged:.2f}% right, {wrong[True]} false accepts, "
+            report += f"{wrong[False]} false rejects; "
+        report += f"median {times[len(times) // 2]:.3f} ms, p99 {times[int(len(times) * 0.99)]:.2f}"
+        print(f"{report} ms, longest {times[-1]:.1f} ms")
     return 0
 
 
