@@ -123,6 +123,9 @@ class Args:
     suffix: str | None = None
     """math: text after every problem. Default: a request to reason and to box the answer (none for
     embedded problems)."""
+    reward: str | None = None
+    """math: a reward of your own, MODULE:FUNCTION or FILE.py:FUNCTION, of (prompt, response, row):
+    a number, or a dict with one as "reward". Default: 1 for a right final answer, else 0."""
     validation_size: int = 64
     """math: training problems set apart for U, the validation reward that mu's gradient is taken
     of."""
@@ -1287,6 +1290,8 @@ def check(args: Args, ranks: int) -> None:
             "--sft-data is for --task math and methods with an SFT loss of its own prompts, not "
             f"--task {args.task} --method {args.method}"
         )
+    if args.reward and args.task != "math":
+        raise DataError(f"--reward is for --task math: {args.task} has the reward of its rules")
     check_ignored(args)
     if method.rl_loss is not ppo_loss and args.advantage != "grpo":
         raise DataError(
@@ -1340,6 +1345,7 @@ def load_task(args: Args, tokenizer) -> tuple:
             levels=args.levels,
             seed=args.seed,
             suffix=args.suffix,
+            reward=args.reward,
         )
         shown = train
         if args.sft_data:

@@ -1,16 +1,17 @@
 """Episodes for meta-learning on mathematics: sources, splits, sampling, tokenisation.
 
 A *task* is a set of problems that belong together: a MATH subject, a family of generated problems,
-a hidden rule. Its rows are split into support (what the inner loop adapts on), query (what the
+a hidden cipher. Its rows are split into support (what the inner loop adapts on), query (what the
 meta-gradient is taken on) and test (never trained on). An *episode* is one visit to a task: fresh
 support rows for K inner steps and fresh query rows.
 
 Sources, one flag `--data`:
+    ciphers        generated (tiny/hidden_rules.py): each task hides a digit cipher that its prompts
+                   do not tell, so only the support rows can answer the query. No download.
+    orders         the same with an order in which five digits are to be written.
     embedded       generated (tiny/problems.py): the 7 MATH subjects, 8 families each, 5 levels.
                    Tasks are the families that the tiny model was not pre-trained on; one of each
-                   subject is held out. No download.
-    conventions    generated (tiny/conventions.py): each task hides a rule that its prompts do not
-                   tell, so nothing but adaptation on the support rows can answer the query.
+                   subject is held out.
     hub            EleutherAI/hendrycks_math through `datasets`, all 7 configurations.
     PATH           a file (.json, .jsonl, .jsonl.gz, .parquet, .csv), a folder of such files, what
                    `datasets` or the hub keeps, or a folder written by this program (sources.py).
@@ -242,16 +243,16 @@ def load_tasks(
     task_column: what makes a task. Embedded problems: "family" (default) or "subject". Files: a
     column name (default: the first of task, subject, type). heldout: names of tasks or of subjects
     to keep out of meta-training; None of them: the embedded held-out families and the last
-    conventions are held out, of other sources nothing is. max_samples: rows per task, 0 for all. A
-    source with its own test split (hub, a folder with a test file) keeps it, and its other rows are
-    shared between support and query. Raises DataError.
+    ciphers and orders are held out, of other sources nothing is. max_samples: rows per task, 0 for
+    all. A source with its own test split (hub, a folder with a test file) keeps it, and its other
+    rows are shared between support and query. Raises DataError.
     """
     check_ratios(support_ratio, query_ratio)
     make = partial(_task, support_ratio=support_ratio, query_ratio=query_ratio, seed=seed)
     if data == "embedded":
         tasks = _embedded_tasks(make, task_column, max_samples, seed)
-    elif data == "conventions":
-        tasks = _convention_tasks(make)
+    elif data in ("ciphers", "orders"):
+        tasks = _hidden_rule_tasks(make, data)
     elif data and (expanded(data) / "meta_train").is_dir():
         tasks = _prepared_tasks(expanded(data), task_column)
     elif data == "hub":
@@ -308,14 +309,16 @@ def _by_subject(families: dict[str, list[Example]]) -> dict[str, list[Example]]:
     return subjects
 
 
-def _convention_tasks(make: Callable) -> list[Task]:
-    from tiny.conventions import KINDS, convention_rows
+def _hidden_rule_tasks(make: Callable, data: str) -> list[Task]:
+    from tiny.hidden_rules import CIPHERS, HELD_OUT, ORDERS, cipher_rows, order_rows
 
+    kind, rows_of, count = "cipher", cipher_rows, CIPHERS
+    if data == "orders":
+        kind, rows_of, count = "order", order_rows, ORDERS
     tasks = []
-    for kind in KINDS:
-        for i in range(500):
-            rows = _generated(convention_rows(kind, i), f"{kind}-{i}/", digits=2)
-            tasks.append(make(f"{kind}-{i}", rows, [], i >= 480))
+    for i in range(count):
+        rows = _generated(rows_of(i), f"{kind}-{i}/", digits=2)
+        tasks.append(make(f"{kind}-{i}", rows, [], i >= count - HELD_OUT))
     return tasks
 
 
@@ -403,19 +406,24 @@ def _names(task: Task) -> set[str]:
 
 
 def sample_episode(
-    tasks: Sequence[Task], seed: int, step: int, place: int, support_size: int, query_size: int
+    tasks: Sequence[Task],
+    seed: int,
+    step: int,
+    place: int,
+    support_size: int,
+    query_size: int,
+    shots: int = 0,
 ) -> Episode:
     """One place of a meta-batch, a pure function of its arguments: resuming needs no data state.
 
     The meta-batch of a step is a random order of the tasks, and a replica takes some places of it,
-    so that one replica with all places sees what several replicas see together. Rows are drawn
-    without replacement within an episode; a support set smaller than support_size is gone through
-    several times, in a new order each time.
+    so that one replica with all places sees what several replicas see together. Query rows are
+    drawn without replacement; support_size and shots: as for draw_support.
     """
     rng = random.Random(f"{seed}/{step}/{place // len(tasks)}")
     task = tasks[rng.sample(range(len(tasks)), len(tasks))[place % len(tasks)]]
     rng = random.Random(f"{seed}/{step}/{place}/rows")
-    support = draw_support(rng, task.support, support_size)
+    support = draw_support(rng, task.support, support_size, shots)
     return Episode(task.name, support, rng.sample(task.query, query_size))
 
 
@@ -426,8 +434,15 @@ def is_right(response: str, example: Example) -> bool:
     return response.split() == example.response.split()
 
 
-def draw_support(rng: random.Random, rows: Sequence[Example], size: int) -> list[Example]:
-    """`size` rows in random order: without replacement, in several passes where there are fewer."""
+def draw_support(
+    rng: random.Random, rows: Sequence[Example], size: int, shots: int = 0
+) -> list[Example]:
+    """`size` rows in random order, of `shots` different ones (0: of all rows).
+
+    Without replacement; where that is fewer than `size`, in several passes, each in a new order.
+    """
+    if shots:
+        rows = rng.sample(rows, min(shots, len(rows)))
     drawn: list[Example] = []
     while len(drawn) < size:
         drawn += rng.sample(rows, min(len(rows), size - len(drawn)))
@@ -527,15 +542,42 @@ def encode(tokenizer, examples: Sequence[Example], max_length: int) -> tuple[dic
     if not examples:
         return {}, 0
     chat = template(tokenizer)
-    prompts = [chat.before + e.prompt + chat.after for e in examples]
-    prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    responses = [e.response for e in examples]
-    responses = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    prompts = _tokens(tokenizer, [chat.before + e.prompt + chat.after for e in examples])
+    responses = _tokens(tokenizer, [e.response for e in examples])
     encoded = {}
     for example, prompt, response in zip(examples, prompts, responses, strict=True):
         encoded[example.id] = Encoded(prompt + response + chat.end, len(prompt))
     kept = {i: row for i, row in encoded.items() if len(row.ids) <= max_length}
     return kept, len(encoded) - len(kept)
+
+
+def _tokens(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Of each text; the same text is read once: the tasks of a hidden rule share their prompts."""
+    different = list(dict.fromkeys(texts))
+    ids = tokenizer(different, add_special_tokens=False)["input_ids"]
+    of_text = dict(zip(different, ids, strict=True))
+    return [of_text[text] for text in texts]
+
+
+def encode_in_context(
+    tokenizer, shots: Sequence[Example], examples: Sequence[Example]
+) -> dict[str, Encoded]:
+    """{example.id: Encoded}: each example behind the shots, as turns of one conversation.
+
+    The loss is on the example's own response. A shot that is there twice is shown once.
+    """
+    turns = []
+    for shot in {shot.id: shot for shot in shots}.values():
+        turns.append({"role": "user", "content": shot.prompt})
+        turns.append({"role": "assistant", "content": shot.response})
+    conversations = [[*turns, {"role": "user", "content": e.prompt}] for e in examples]
+    prompts = _tokens(tokenizer, prompt_texts(tokenizer, conversations))
+    responses = _tokens(tokenizer, [e.response for e in examples])
+    end = template(tokenizer).end
+    encoded = {}
+    for example, prompt, response in zip(examples, prompts, responses, strict=True):
+        encoded[example.id] = Encoded(prompt + response + end, len(prompt))
+    return encoded
 
 
 def episode_tasks(
@@ -547,9 +589,10 @@ def episode_tasks(
     query: int,
     evaluated: int,
     limit: str = "--max-length",
+    shots: int = 0,
 ) -> tuple[list[Task], list[Task], dict[str, Encoded], str]:
     """(tasks to train on, tasks to evaluate on, {example.id: Encoded}, a line on what there is) for
-    episodes of `steps` times `support` and `query` rows.
+    episodes of `steps` times `support` rows, `shots` of them different (0: all), and `query` rows.
 
     Evaluated are the held-out tasks, or all where none is held out; at most `evaluated` of them (0:
     all), evenly over the list, so that every kind is there. limit: what the user calls max_length.
@@ -584,10 +627,11 @@ def episode_tasks(
         f"{len(tasks)} tasks ({len(heldout)} held out), {len(tokens)} sequences; "
         f"{dropped} over {max_length} tokens left out"
     )
-    if few := sum(len(t.support) < steps * support for t in tasks):
+    wanted = min(shots or steps * support, steps * support)
+    if few := sum(len(t.support) < wanted for t in tasks):
         report += (
-            f"; {few} tasks have fewer than {steps} x {support} support rows "
-            "and go through them more than once"
+            f"; {few} tasks have fewer than {wanted} support rows and go through them more than "
+            "once"
         )
     pool = heldout or tasks
     count = min(evaluated or len(pool), len(pool))
@@ -618,12 +662,14 @@ def response_tokens(rows: Sequence[Encoded]) -> int:
     return sum(len(row.ids) - row.prompt_length for row in rows)
 
 
-def collate(rows: Sequence[Encoded], pad_id: int, multiple: int = 32) -> dict:
+def collate(rows: Sequence[Encoded], pad_id: int, multiple: int = 0) -> dict:
     """Right-padded batch: input_ids and labels (-100 outside of the responses), each [B, T], T a
-    multiple of `multiple`."""
+    multiple of `multiple` so that shapes repeat (0: of 32, or of 4 where all rows are short)."""
     import torch
 
-    length = -(-max(len(row.ids) for row in rows) // multiple) * multiple
+    longest = max(len(row.ids) for row in rows)
+    multiple = multiple or (32 if longest > 32 else 4)
+    length = -(-longest // multiple) * multiple
     ids = torch.full((len(rows), length), pad_id)
     labels = torch.full_like(ids, -100)
     for i, row in enumerate(rows):
@@ -715,7 +761,7 @@ class Args:
     """Folder to write: meta_train/{task}_support.parquet, meta_train/{task}_query.parquet,
     few_shot_eval/{task}_test.parquet."""
     data: str = "embedded"
-    """embedded, conventions, hub (EleutherAI/hendrycks_math), or a local file or folder."""
+    """embedded, ciphers, orders, hub (EleutherAI/hendrycks_math), or a local file or folder."""
     task_column: str | None = None
     """Column that names a row's task (default: task, subject or type; embedded: family or
     subject)."""

@@ -5,8 +5,9 @@ r"""Evaluation: the accuracy of models on benchmarks and games, and the few-shot
     # avg@32 and pass@k; problems split over ranks
     python eval.py --model DIR --benchmark math500 --temperature 0.6 --samples 32
     torchrun --standalone --nproc_per_node 4 eval.py --model DIR --benchmark all_id
-    # who learns faster from n examples?
-    python eval.py --model tiny runs/fomaml/checkpoint --few-shot 0 5 10 25 --seeds 3
+    # who learns faster from n examples of a new task, and what do they give in the prompt?
+    python eval.py --model tiny runs/fomaml/checkpoint --data ciphers --few-shot 0 5 10 30 \
+        --in-context --adapt-lr 5e-3 --adapt-steps 5 --adapt-batch 30 --limit 10 --max-length 12
 
 Every response goes to responses-RANK.jsonl of the output folder as it comes; a killed run continues
 from there, none lost, none twice. Results: results.json, results.md. Problems, not samples, are the
@@ -50,6 +51,7 @@ from data import (
     collate,
     embedded_examples,
     encode,
+    encode_in_context,
     is_right,
     load_tasks,
     read_rows,
@@ -139,6 +141,8 @@ class Args:
     """Its steps, the same for every n."""
     adapt_batch: int = 4
     """Rows per step."""
+    in_context: bool = False
+    """Each model also without any step, the n examples in the prompt instead: an arm of its own."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -628,6 +632,9 @@ def summarise_episodes(rows: list[dict], args: Args) -> dict:
 CURVE = (0, 1, 2, 5, 10, 20, 50, 100, 200)  # adaptation steps at which the test loss is taken
 
 
+IN_CONTEXT = " (in context)"  # what the arm adds to a model's name
+
+
 class Study(NamedTuple):
     """Tasks of rows that fit into all models, and each model's {example.id: tokens}."""
 
@@ -667,6 +674,8 @@ def load_study(args: Args, readers: dict[str, tuple], world: World) -> Study:
                 f"{longest} tokens; --few-shot {shots} needs {shots} and 1"
             )
         chosen.append(replace(task, support=support, test=evenly(test, args.limit)))
+    if args.in_context:
+        check_prompts(args, chosen, readers)
     world.say(
         f"few-shot study: {len(chosen)} tasks, {len(fitting)} sequences; {dropped} over {longest} "
         "tokens left out"
@@ -674,9 +683,24 @@ def load_study(args: Args, readers: dict[str, tuple], world: World) -> Study:
     return Study(chosen, tokens)
 
 
+def check_prompts(args: Args, tasks: list[Task], readers: dict[str, tuple]) -> None:
+    """Raises DataError where a model has too few positions for the most examples in a prompt."""
+    for model_name, (config, tokenizer) in readers.items():
+        longest = 0
+        for task, seed in itertools.product(tasks, range(args.seeds)):
+            prompts = encode_in_context(tokenizer, draw_shots(args, task, seed), task.test)
+            longest = max(longest, *(len(row.ids) for row in prompts.values()))
+        if longest > positions(config) // 32 * 32:
+            raise DataError(
+                f"--in-context: {max(args.few_shot)} examples and a problem take up to {longest} "
+                f"tokens; {model_name} has {positions(config)} positions: lower --few-shot"
+            )
+
+
 def few_shot(args: Args, study: Study, model_name: str, world: World) -> list[dict]:
     """A row for each (task, n, seed), the same on all ranks: test loss after adaptation, its curve
-    over the steps, which problems are solved."""
+    over the steps, which problems are solved. With --in-context another for the examples in the
+    prompt instead, under the model's name with IN_CONTEXT behind it."""
     tokens = study.tokens[model_name]
     _, tokenizer = load_config(model_name, args.trust_remote_code)
     model = study_model(args, model_name).to(world.device)
@@ -687,18 +711,26 @@ def few_shot(args: Args, study: Study, model_name: str, world: World) -> list[di
     mine = units[world.rank :: world.size]
     title = "few-shot " + "/".join(Path(model_name).parts[-2:])
     rows = []
-    for task, n, seed in tqdm(mine, disable=world.rank != 0, desc=title):
-        test_tokens = [tokens[e.id] for e in task.test]
-        shots = [tokens[e.id] for e in draw_shots(args, task, seed)[:n]]
-        curve = {}
+
+    def measure(task: Task, test_tokens: list[Encoded], examples: list, seed: int) -> dict:
+        """After adaptation on the examples."""
+        shots, curve = [tokens[e.id] for e in examples], {}
         for step in adapt(args, model, shots, tokenizer.pad_token_id, seed):
             if step in CURVE or step == args.adapt_steps:
                 curve[step] = test_loss(model, test_tokens, tokenizer.pad_token_id)
         texts = greedy_answers(args, model, tokenizer, test_tokens)
         right = [is_right(text, e) for text, e in zip(texts, task.test, strict=True)]
-        row = {"model": model_name, "task": task.name, "shots": n, "seed": seed}
-        row |= {"loss": curve[max(curve)], "curve": curve, "right": right}
-        rows.append(row)
+        return {"loss": curve[max(curve)], "curve": curve, "right": right}
+
+    for task, n, seed in tqdm(mine, disable=world.rank != 0, desc=title):
+        unit = {"task": task.name, "shots": n, "seed": seed}
+        examples = draw_shots(args, task, seed)[:n]
+        if args.in_context:
+            prompts = encode_in_context(tokenizer, examples, task.test)
+            numbers = measure(task, [prompts[e.id] for e in task.test], [], seed)
+            rows.append({"model": model_name + IN_CONTEXT} | unit | numbers)
+        numbers = measure(task, [tokens[e.id] for e in task.test], examples, seed)
+        rows.append({"model": model_name} | unit | numbers)
         restore(model, saved)
     return of_all_ranks(rows, world)
 
@@ -958,6 +990,8 @@ def check(args: Args) -> list[str]:
         raise DataError("--samples above 1 needs a --temperature above 0")
     if args.adapt_optimizer not in ("adam", "sgd"):
         raise DataError("--adapt-optimizer is adam or sgd")
+    if args.in_context and not args.few_shot:
+        raise DataError("--in-context is for the few-shot study: give --few-shot as well")
     if args.adapter and not args.few_shot:
         raise DataError("--adapter is for the few-shot study: give --few-shot as well")
     if args.adapter and importlib.util.find_spec("peft") is None:
@@ -1104,7 +1138,10 @@ def measure_few_shot(args: Args, study: Study, world: World) -> tuple[dict, list
     rows = []
     for model_name in args.model:
         rows += few_shot(args, study, model_name, world)
-    summary, pairs = compare_few_shot(rows, args.model)
+    arms = list(args.model)
+    if args.in_context:
+        arms += [name + IN_CONTEXT for name in args.model]
+    summary, pairs = compare_few_shot(rows, arms)
     report = {"few_shot": rows, "summary": summary, "pairs": pairs}
     return report, few_shot_lines(summary, pairs)
 

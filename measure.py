@@ -4,12 +4,13 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import Encoded, Example, Task, collate, draw_support, is_right, template
+from data import Encoded, Example, Task, collate, encode_in_context, is_right, template
 from model import World, cache_bytes, gathered, token_loss
 from policy import never, sample
 
@@ -36,18 +37,19 @@ def score(
     max_new_tokens: int,
     sums: torch.Tensor,
     interrupted: Callable[[], bool] = never,
+    losses: bool = True,
 ) -> None:
     """sums[task] += (response-token loss, right greedy answers) of this rank's (task, example)s.
 
     Every rank has the whole weights meanwhile, so ranks may have different numbers of items.
-    max_new_tokens 0: loss only. sums: [tasks, 2], float64. interrupted: asked on the way; once it
-    says so, the sums stay incomplete.
+    max_new_tokens 0: loss only. losses False: no loss. sums: [tasks, 2], float64. interrupted:
+    asked on the way; once it says so, the sums stay incomplete.
     """
     by_task = defaultdict(list)
     for i, example in items:
         by_task[i].append(tokens[example.id])
     with gathered(model):
-        for i, rows in by_task.items():
+        for i, rows in by_task.items() if losses else ():
             rows = sorted(rows, key=lambda row: len(row.ids))
             size = rows_to_score(model.config, len(rows[-1].ids))
             for at in range(0, len(rows), size):
@@ -86,7 +88,9 @@ def adaptation(
     *,
     adapt: Callable,
     restore: Callable,
-    shots: int,
+    draw: Callable,
+    curve: int,
+    max_length: int,
     problems: int,
     max_new_tokens: int,
     seed: int,
@@ -94,49 +98,77 @@ def adaptation(
 ) -> dict[str, dict] | None:
     """{task: loss_before, loss_after, accuracy_before, accuracy_after, problems} on its test rows.
 
-    adapt(rows) trains on a task's `shots` support rows, the same at every call with the same seed;
-    restore() brings the weights back. Replicas take different tasks, the ranks of one replica
-    different problems. stop: see run.Stop; None once a stop is agreed on. Losses in nats a token.
-    Collective.
+    draw(rng, rows): a task's support rows, the same at every call with the same seed. adapt(rows,
+    watch) trains on them and calls watch(k) after k steps; restore() brings the weights back.
+    curve: the number of these steps, to measure after each (steps: [{loss, accuracy}], from step 0
+    on), and the accuracy without any, the support rows in the prompt (accuracy_in_context), if
+    these prompts have at most max_length tokens; 0: neither. Replicas take
+    different tasks, the ranks of one replica different problems. stop: see run.Stop; None once a
+    stop is agreed on. Losses in nats a token. Collective.
     """
     tests = [task.test[:problems] for task in tasks]
+    supports = [draw(random.Random(f"{seed}/evaluation/{t.name}"), t.support) for t in tasks]
     pool = [(i, example) for i, rows in enumerate(tests) for example in rows]
-    sums = torch.zeros(len(tasks), 4, dtype=torch.float64, device=world.device)
-    before, after = sums[:, :2], sums[:, 2:]  # each: loss, right answers
+    in_context = {}
+    if curve and max_new_tokens:
+        for support, rows in zip(supports, tests, strict=True):
+            in_context |= encode_in_context(tokenizer, support, rows)
+        if any(len(row.ids) > max_length for row in in_context.values()):
+            in_context = {}
+    # Of each task the sums of loss and right answers: before, after, in context, after k steps
+    sums = torch.zeros(4 + curve, len(tasks), 2, dtype=torch.float64, device=world.device)
+    before, after, prompted, *steps = sums
+
+    measure = partial(
+        score,
+        model,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        interrupted=stop.is_requested,
+    )
     mine = pool[world.rank :: world.size]
-    score(model, mine, tokens, tokenizer, max_new_tokens, before, stop.is_requested)
-    for i, task in enumerate(tasks):
+    measure(mine, tokens, sums=before)
+    if in_context:
+        measure(mine, in_context, sums=prompted, losses=False)
+    for i, support in enumerate(supports):
         if i % world.replicas == 0 and stop.agreed():
             return None
         if i % world.replicas == world.replica:
-            rng = random.Random(f"{seed}/evaluation/{task.name}")
-            adapt(draw_support(rng, task.support, shots))
             mine = [(i, example) for example in tests[i][world.shard :: world.shards]]
-            score(model, mine, tokens, tokenizer, max_new_tokens, after, stop.is_requested)
+
+            def watch(k: int, mine=mine) -> None:
+                if k < curve:
+                    measure(mine, tokens, sums=steps[k])
+
+            adapt(support, watch)
+            measure(mine, tokens, sums=after)
             restore()
     if stop.agreed():
         return None
     dist.all_reduce(sums)
+    steps[0], steps[-1] = before, after
     result = {}
-    for task, rows, numbers in zip(tasks, tests, sums.tolist(), strict=True):
-        loss_before, right_before, loss_after, right_after = numbers
+    for i, (task, rows) in enumerate(zip(tasks, tests, strict=True)):
         length = sum(len(tokens[e.id].ids) - tokens[e.id].prompt_length for e in rows)
-        result[task.name] = {
-            "loss_before": loss_before / length,
-            "loss_after": loss_after / length,
-            "problems": len(rows),
-        }
-        if max_new_tokens:
-            result[task.name] |= {
-                "accuracy_before": right_before / len(rows),
-                "accuracy_after": right_after / len(rows),
-            }
+
+        def means(sums: torch.Tensor, name: str = "", i=i, rows=rows, length=length) -> dict:
+            loss, right = sums[i].tolist()
+            numbers = {f"loss{name}": loss / length}
+            return numbers | ({f"accuracy{name}": right / len(rows)} if max_new_tokens else {})
+
+        result[task.name] = means(before, "_before") | means(after, "_after")
+        result[task.name]["problems"] = len(rows)
+        if in_context:
+            right = prompted[i, 1].item()
+            result[task.name]["accuracy_in_context"] = right / len(rows)
+        if curve:
+            result[task.name]["steps"] = [means(at_step) for at_step in steps]
     return result
 
 
 def average(result: dict[str, dict]) -> dict[str, float]:
     """Mean over tasks."""
-    keys = [k for k in next(iter(result.values())) if k != "problems"]
+    keys = [k for k in next(iter(result.values())) if k not in ("problems", "steps")]
     return {k: sum(r[k] for r in result.values()) / len(result) for k in keys}
 
 
@@ -153,6 +185,8 @@ def adaptation_lines(step: int, result: dict | None, earlier: dict[int, dict]) -
     line = f"step {step}: loss before adaptation {before:.3f}, after {after:.3f}"
     if "accuracy_after" in mean:
         line += f", accuracy {mean['accuracy_before']:.1%} -> {mean['accuracy_after']:.1%}"
+    if "accuracy_in_context" in mean:
+        line += f", with the examples in the prompt instead {mean['accuracy_in_context']:.1%}"
     lines, gain = [line], before - after
     if len(earlier) < 2 and -0.01 < gain < 0.01:
         lines.append(
@@ -173,26 +207,31 @@ def adaptation_lines(step: int, result: dict | None, earlier: dict[int, dict]) -
 
 
 def results_table(base: dict[str, dict], trained: dict[str, dict]) -> str:
-    """task | loss before, after | accuracy before, after: the base model and the meta-trained."""
+    """task | loss before, after | accuracy before, after: the base model and the meta-trained.
+
+    The accuracy in context, where it was measured: without adaptation, the rows in the prompt.
+    """
+    in_context = any("accuracy_in_context" in numbers for numbers in base.values())
     width = max(len(name) for name in [*base, "mean of tasks"])
     column = f"{'loss before':>11} {'after':>6} {'acc. before':>12} {'after':>6}"
+    column += f" {'in context':>11}" if in_context else ""
     titles = f"{'base model':^{len(column)}} | {'meta-trained':^{len(column)}}"
     head = f"{'task':{width}} | {column} | {column}"
     rule = "".join("+" if c == "|" else "-" for c in head)
     lines = [f"{'':{width}} | {titles}", head, rule]
     rows = [(name, base[name], trained[name]) for name in base]
     for name, *pair in [*rows, ("mean of tasks", average(base), average(trained))]:
-        cells = [_adaptation_cell(numbers) for numbers in pair]
+        cells = [_adaptation_cell(numbers, in_context) for numbers in pair]
         lines.append(f"{name:{width}} | " + " | ".join(cells))
     return "\n".join(lines)
 
 
-def _adaptation_cell(numbers: dict) -> str:
-    before, after = (
-        f"{numbers[k]:.1%}" if k in numbers else "-" for k in ("accuracy_before", "accuracy_after")
-    )
+def _adaptation_cell(numbers: dict, in_context: bool) -> str:
+    names = ["accuracy_before", "accuracy_after", "accuracy_in_context"]
+    before, after, prompted = (f"{numbers[k]:.1%}" if k in numbers else "-" for k in names)
     losses = f"{numbers['loss_before']:11.3f} {numbers['loss_after']:6.3f}"
-    return f"{losses} {before:>12} {after:>6}"
+    cell = f"{losses} {before:>12} {after:>6}"
+    return f"{cell} {prompted:>11}" if in_context else cell
 
 
 def step_metrics(losses: list[list[float]], names: list[str], gain: bool) -> dict[str, float]:
@@ -346,6 +385,7 @@ def sample_rows(groups: list[list], step: int, tokenizer) -> list[dict]:
                         "episode": i,
                         "sample": j,
                         "turn": k,
+                        **({"noted": turn.noted} if turn.noted else {}),
                     }
                 )
     return rows

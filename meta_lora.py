@@ -21,15 +21,14 @@ What is done differently, and why:
 4. Evaluation adapts before it measures, as training does. Checkpoints are in PEFT's format; --merge
    also writes the whole model.
 
-    python meta_lora.py                                          # laptop: embedded model, 3 minutes
-    torchrun --standalone --nproc_per_node 1 meta_lora.py --model meta-llama/Llama-3.2-1B \
-        --data hub --steps 3000 --inner-lr 1e-4 --outer-lr 5e-5 \
-        --activation-checkpointing                                                       # one GPU
-    torchrun --standalone --nproc_per_node 4 meta_lora.py --model Qwen/Qwen3-4B-Instruct-2507 \
-        --data hub --steps 3000 --inner-lr 1e-4 --outer-lr 5e-5 \
-        --activation-checkpointing                                                      # four GPUs
+    python meta_lora.py                                     # laptop: hidden ciphers, 3 minutes
+    FLAGS="--data hub --inner-steps 10 --inner-lr 1e-4 --support-batch 4 --query-batch 4 --shots 0
+        --dropout 0.05 --outer-lr 5e-5 --steps 3000 --save-every 300 --eval-every 300
+        --eval-max-new-tokens 512 --no-eval-curve --activation-checkpointing"   # MATH, any GPUs
+    torchrun --standalone --nproc_per_node 1 meta_lora.py --model meta-llama/Llama-3.2-1B $FLAGS
+    torchrun --standalone --nproc_per_node 4 meta_lora.py --model Qwen/Qwen3-4B-Instruct-2507 $FLAGS
     torchrun --nnodes 2 --nproc_per_node 8 --node_rank $R --master_addr $HOST --master_port 29500 \
-        meta_lora.py --tasks-per-step 16 ...                                            # two nodes
+        meta_lora.py --model Qwen/Qwen3-4B-Instruct-2507 $FLAGS --tasks-per-step 16  # two nodes
 """
 
 import sys
@@ -47,6 +46,7 @@ from data import (
     check_numbers,
     collate,
     describe_tasks,
+    draw_support,
     episode_tasks,
     load_tasks,
     response_tokens,
@@ -99,9 +99,10 @@ class Args:
     # What is trained, on what
     model: str = "tiny"
     """tiny (embedded), a local folder in Hugging Face format, or a hub name: the frozen base."""
-    data: str = "embedded"
-    """embedded, conventions (hidden rules), hub (EleutherAI/hendrycks_math), or a file or folder;
-    see data.py."""
+    data: str = "ciphers"
+    """ciphers (1,000 tasks that hide a digit cipher), orders (120 that hide an order of digits),
+    embedded (generated problems of MATH's subjects), hub (EleutherAI/hendrycks_math), or a file or
+    folder; see data.py."""
     task_column: str | None = None
     """What makes a task: a column of the data (embedded problems: family or subject)."""
     heldout_subjects: tuple[str, ...] = ()
@@ -112,7 +113,8 @@ class Args:
     query_ratio: float = 0.40
     """Share of a task's rows for stage 2; the rest is the test split."""
     max_length: int = 2048
-    """Tokens; longer sequences are left out and counted, never cut."""
+    """Tokens; longer sequences are left out and counted, never cut. The support rows are also shown
+    in the prompt, for comparison, where they and the problem fit into so many."""
     output_dir: str = "runs/meta_lora"
     """Run folder: args.json, metrics.jsonl, evaluations.jsonl, curves.png, checkpoints. A folder in
     use gets a number appended."""
@@ -124,8 +126,8 @@ class Args:
     """Rank of every adapter."""
     alpha: float = 32
     """Scale: alpha / r (alpha / sqrt(r) with --rank-stabilised)."""
-    dropout: float = 0.05
-    """On the adapter's input, while training."""
+    dropout: float = 0.0
+    """On the adapter's input, while training (the reference setting's: 0.05)."""
     target_modules: tuple[str, ...] = (
         "q_proj",
         "k_proj",
@@ -144,26 +146,29 @@ class Args:
     """fomaml (MeTA-LoRA); reptile (phi += epsilon mean(phi_i - phi), K+1 inner steps); joint (one
     AdamW step on all rows of the round: plain multi-task LoRA); none (no training: LoRA from
     scratch on each task, the evaluation alone)."""
-    inner_steps: int = 10
-    """K, steps of stage 1."""
-    inner_lr: float = 3e-3
-    """Stage 1's learning rate: 3e-3 suits the tiny model, 3e-4 SmolLM2-135M; the reference setting
+    inner_steps: int = 5
+    """K, steps of stage 1 (the reference setting's: 10)."""
+    inner_lr: float = 1e-2
+    """Stage 1's learning rate: 1e-2 suits the tiny model, 3e-4 SmolLM2-135M; the reference setting
     is 1e-4."""
     inner_optimizer: Literal["sgd", "adam"] = "adam"
     """Stage 1: AdamW without weight decay, cold for each task, or plain SGD."""
     inner_clip: float = 0.0
     """Limit of each task's gradient norm in stage 1, 0 for none."""
-    support_batch: int = 4
+    shots: int = 30
+    """Different support rows of an episode; inner steps go through them as often as they need. 0:
+    every step takes fresh rows, as long as the task has some."""
+    support_batch: int = 30
     """Rows per task and inner step."""
-    query_batch: int = 4
+    query_batch: int = 20
     """Rows per task of the query loss."""
     tasks_per_step: int = 4
     """T, tasks of a round, over all ranks."""
     tasks_per_forward: int = 0
     """Tasks run together, 0 for all of a rank: bounds memory."""
-    steps: int = 60
+    steps: int = 120
     """Rounds."""
-    outer_lr: float = 3e-3
+    outer_lr: float = 2e-3
     """Peak learning rate of AdamW on phi (reference setting: 5e-5)."""
     warmup_ratio: float = 0.1
     """Share of the rounds with rising learning rate; cosine to zero after it."""
@@ -177,18 +182,21 @@ class Args:
     """Reptile's step towards the adapted adapters (its schedule is the learning rate's)."""
 
     # Evaluation, logging, checkpoints
-    eval_every: int = 30
+    eval_every: int = 60
     """Rounds between evaluations; also before the first and after the last. 0: only those two; -1:
     none."""
-    eval_problems: int = 24
+    eval_problems: int = 20
     """Test problems per task."""
     eval_tasks: int = 10
     """Tasks evaluated at most, 0 for all."""
-    eval_max_new_tokens: int = 80
-    """Length of greedy answers; 0 leaves accuracy out."""
+    eval_max_new_tokens: int = 12
+    """Length of greedy answers; 0 leaves accuracy out. Of a worked solution some hundreds."""
+    eval_curve: bool = True
+    """At the first and the last evaluation also measure after every step of stage 1, and with the
+    support rows in the prompt instead: K times as long, and long prompts."""
     gain_every: int = 10
     """Rounds between measurements of the query loss before adaptation (one more forward)."""
-    save_every: int = 30
+    save_every: int = 60
     """Rounds between checkpoints; also at the end and on Ctrl-C or SIGTERM."""
     keep: int = 5
     """Checkpoints kept."""
@@ -218,7 +226,7 @@ class Args:
 # What may differ when a run is resumed: it does not change the mathematics.
 FREE = {
     "resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "eval_problems",
-    "eval_tasks", "eval_max_new_tokens", "gain_every", "tasks_per_forward",
+    "eval_tasks", "eval_max_new_tokens", "eval_curve", "gain_every", "tasks_per_forward",
     "activation_checkpointing", "dry_run", "merge",
 }  # fmt: skip
 
@@ -288,10 +296,11 @@ class AdapterLearner:
                 p.addcdiv_(m, root, value=-args.inner_lr / (1 - beta1**t))
             p.grad = None
 
-    def inner_loop(self, steps: list) -> torch.Tensor:
+    def inner_loop(self, steps: list, watch=None) -> torch.Tensor:
         """phi_i <- phi, then a step on each of `steps` (batches as in token_losses).
 
-        Returns [K, T]: the losses before each step.
+        watch(k) is called after k steps, for measurements. Returns [K, T]: the losses before each
+        step.
         """
         self.adapters.start(len(steps[0]))
         if self.args.inner_optimizer == "adam":  # cold for each task
@@ -302,12 +311,21 @@ class AdapterLearner:
             losses.sum().backward()  # a task's gradient is that of its own mean
             self.inner_step(t)
             history.append(losses.detach())
+            if watch:
+                watch(t)
         return torch.stack(history)
 
-    def adapt(self, support: list) -> None:
-        """The inner loop of one task, as evaluation needs it."""
+    def adapt(self, support: list, watch) -> None:
+        """The inner loop of one task, as evaluation needs it: watch measures without dropout."""
+
+        def watch_without_dropout(k: int) -> None:
+            self.adapters.training = False
+            watch(k)
+            self.adapters.training = True
+
+        steps = [[rows] for rows in chunks(support, self.args.support_batch)]
         with self.adapters.with_dropout():
-            self.inner_loop([[rows] for rows in chunks(support, self.args.support_batch)])
+            self.inner_loop(steps, watch_without_dropout)
 
     def restore(self) -> None:
         """Back to phi, for one task."""
@@ -379,7 +397,9 @@ NUMBERS = {
         "lora_r", "inner_steps", "support_batch", "query_batch", "tasks_per_step", "steps", "keep",
         "save_every", "max_length", "eval_problems",
     ),
-    "[0, 1e9]": ("eval_tasks", "eval_max_new_tokens", "gain_every", "tasks_per_forward"),
+    "[0, 1e9]": (
+        "shots", "eval_tasks", "eval_max_new_tokens", "gain_every", "tasks_per_forward",
+    ),
     "[-1, 1e9]": ("eval_every",),
     "(0, 100]": ("inner_lr", "outer_lr"),
     "(0, 1e6]": ("alpha",),
@@ -400,6 +420,11 @@ def check(args: Args, ranks: int) -> None:
     if args.tasks_per_step % ranks:
         raise DataError(
             f"--tasks-per-step {args.tasks_per_step} cannot be shared equally by the {ranks} ranks"
+        )
+    if 0 < args.shots < args.support_batch:
+        raise DataError(
+            f"--support-batch {args.support_batch} is more than the --shots {args.shots} of an "
+            "episode"
         )
 
 
@@ -434,6 +459,7 @@ def prepare(args: Args, world: World) -> tuple:
         args.support_batch,
         args.query_batch,
         args.eval_tasks,
+        shots=args.shots,
     )
     longest = max(len(row.ids) for row in tokens.values())
     check_positions(config, longest, "--max-length")
@@ -531,7 +557,7 @@ def main(args: Args, world: World) -> int:
         f"{size / 1e6:.2f}M adapter parameters on {len(adapters.layers)} layers of a base of "
         f"{base_size / 1e6:.1f}M",
     )
-    shots = args.inner_steps * args.support_batch
+    support_rows = args.inner_steps * args.support_batch
     per_rank = args.tasks_per_step // world.size
     together = args.tasks_per_forward or per_rank
 
@@ -548,7 +574,9 @@ def main(args: Args, world: World) -> int:
                 world,
                 adapt=learner.adapt,
                 restore=learner.restore,
-                shots=shots,
+                draw=partial(draw_support, size=support_rows, shots=args.shots),
+                curve=args.inner_steps if args.eval_curve and step in (0, run.last_step) else 0,
+                max_length=args.max_length,
                 problems=args.eval_problems,
                 max_new_tokens=args.eval_max_new_tokens,
                 seed=args.seed,
@@ -562,7 +590,9 @@ def main(args: Args, world: World) -> int:
         # Sample the round's tasks, a function of (seed, step); this rank takes T / ranks of them
         torch.manual_seed(hash((args.seed, step, world.rank)) % 2**31)  # dropout
         meta_batch = [
-            sample_episode(tasks, args.seed, step, place, shots, args.query_batch)
+            sample_episode(
+                tasks, args.seed, step, place, support_rows, args.query_batch, args.shots
+            )
             for place in range(args.tasks_per_step)
         ]
         measure_gain = args.gain_every > 0 and (step == 0 or (step + 1) % args.gain_every == 0)

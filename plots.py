@@ -147,9 +147,12 @@ def settings_of(runs: Iterable[Path], names: dict[Path, str]) -> list[Setting]:
 
 
 def model_name(model: str) -> str:
-    """runs/NAME/checkpoint -> NAME; else the last part of a folder or hub name."""
+    """runs/NAME/checkpoint -> NAME; else the last part of a folder or hub name. An arm of eval.py's
+    study that is named behind the model stays."""
+    model, bracket, arm = model.partition(" (")
     path = Path(model)
-    return path.parent.name if path.name in ("checkpoint", "merged") else path.name
+    name = path.parent.name if path.name in ("checkpoint", "merged") else path.name
+    return name + bracket + arm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,11 +225,50 @@ def training_panels(settings: list[Setting]) -> list[Panel]:
     if any("accuracy_after" in row["mean"] for row in rows):
         accuracies = partial(draw_adaptation, settings, "accuracy", 100)
         panels.append(Panel("evaluation tasks", "exact answers (%)", "meta-step", accuracies))
-    gains = partial(draw_gains, settings)
-    panels.append(
-        Panel("gain of adaptation by task", "", "loss before - after (nats/token)", gains)
-    )
+    if adaptation_curves(settings[0].evaluations, -1):
+        curves = partial(draw_adaptation_curves, settings)
+        panels.append(Panel("adapting to new tasks", "exact answers (%)", "inner step", curves))
+    else:
+        gains = partial(draw_gains, settings)
+        panels.append(
+            Panel("gain of adaptation by task", "", "loss before - after (nats/token)", gains)
+        )
     return panels
+
+
+def adaptation_curves(evaluations: list[list[dict]], which: int) -> list[Series]:
+    """Of each seed the accuracy (%) after 0 to K inner steps, mean over tasks, at its first (0) or
+    last (-1) evaluation; none where it was not measured."""
+    curves = []
+    for rows in evaluations:
+        tasks = rows[which]["tasks"].values() if rows else ()
+        if tasks and all("accuracy" in task.get("steps", [{}])[0] for task in tasks):
+            by_task = [[step["accuracy"] for step in task["steps"]] for task in tasks]
+            means = [100 * sum(values) / len(values) for values in zip(*by_task, strict=True)]
+            curves.append(list(enumerate(means)))
+    return curves
+
+
+def draw_adaptation_curves(settings: list[Setting], axis) -> None:
+    """Accuracy over the inner steps at the end of each setting; of a single one also at its start,
+    and, as horizontal lines, with the support rows in the prompt instead of any step."""
+    single = len(settings) == 1
+    for setting in settings:
+        moments = [(-1, setting.colour, AFTER, "after meta-training" if single else setting.label)]
+        if single:
+            moments.insert(0, (0, GREY, BEFORE, "before meta-training"))
+        for which, colour, style, label in moments:
+            line(axis, adaptation_curves(setting.evaluations, which), colour, style, label)
+            in_context = []
+            for rows in setting.evaluations:
+                if "accuracy_in_context" in rows[which]["mean"]:
+                    in_context.append(100 * rows[which]["mean"]["accuracy_in_context"])
+            if in_context and single:
+                height = sum(in_context) / len(in_context)
+                axis.axhline(height, color=colour, linestyle=":", linewidth=1.2)
+    if single and in_context:
+        name_style(axis, {"linestyle": ":"}, "in the prompt instead")
+    from_zero(axis)
 
 
 def all_evaluations(settings: list[Setting]) -> list[dict]:
@@ -428,6 +470,9 @@ def draw_curves(rows: dict[str, list[dict]], axis) -> None:
         mean = []
         for step in steps:
             mean.append(sum(curve[str(step)] for curve in curves) / len(curves))
+        if len(steps) == 1:  # in context: no steps at all
+            axis.axhline(mean[0], color=colour, linestyle=":", label=name)
+            continue
         axis.plot(mean, color=colour, label=name, **AFTER)
         axis.set_xticks(range(len(steps)), map(str, steps))
     axis.legend()

@@ -58,6 +58,7 @@ def smoke_model(tmp_path_factory):
 # First steps, by the command line
 
 META_STEPS = [
+    "--data", "orders",
     "--steps", "4", "--save-every", "2", "--inner-steps", "2", "--tasks-per-step", "2",
     "--support-batch", "2", "--query-batch", "2", "--gain-every", "2", "--eval-every", "2",
     "--eval-problems", "4", "--eval-tasks", "2", "--eval-max-new-tokens", "4",
@@ -98,9 +99,19 @@ def test_fomaml_first_steps(smoke_model, tmp_path, capsys):
     assert_resumes(fomaml, settings, folder)
 
 
-@pytest.mark.parametrize("method", ["reptile", "maml", "joint"])
+def test_learned_rates_resume(smoke_model, tmp_path):
+    settings = ["--model", smoke_model, *META_STEPS, "--learn-inner-lr", "tensor"]
+    settings += ["--eval-every", "-1"]
+    assert run_here(fomaml, *settings, "--output-dir", tmp_path / "r") == 0
+    rows = logged(tmp_path / "r")
+    assert rows[-1]["inner_lr/lowest"] < rows[0]["inner_lr/lowest"]
+    assert_resumes(fomaml, settings, tmp_path / "r")
+
+
+@pytest.mark.parametrize("method", ["reptile", "maml", "joint", "in_context"])
 def test_other_meta_gradients_run(method, smoke_model, tmp_path):
     settings = ["--model", smoke_model, *META_STEPS, "--steps", "1", "--eval-every", "-1"]
+    settings += ["--inner-optimizer", "sgd"] if method == "maml" else []
     where = ["--output-dir", tmp_path / "r"]
     assert run_here(fomaml, *settings, "--meta-gradient", method, *where) == 0
     (row,) = logged(tmp_path / "r")
@@ -169,7 +180,7 @@ def test_fomaml_gradient():
             expected[name] += g[name] / 2
         losses.append([support_loss, query_loss])
 
-    args = fomaml.Args(inner_lr=SGD_RATE, support_batch=2, tasks_per_step=2)
+    args = fomaml.Args(inner_lr=SGD_RATE, inner_optimizer="sgd", support_batch=2, tasks_per_step=2)
     learner = fomaml.MetaLearner(model, args, World(CPU), 0, tokens)
     got = meta_gradient(learner, learner.fomaml, episodes)
     torch.testing.assert_close(got[:, :2], torch.tensor(losses), rtol=1e-5, atol=1e-6)

@@ -43,15 +43,16 @@ class Args:
 def model_player(name: str) -> Callable[[list[dict]], str]:
     """A model's most likely answer to messages."""
     from data import prompt_texts, template
-    from model import load_config, load_weights
+    from model import check_positions, load_config, load_weights
     from policy import sample
 
-    _, tokenizer = load_config(name)
+    config, tokenizer = load_config(name)
     model, stop = load_weights(name).eval(), template(tokenizer).stop
 
     def answer(messages: list[dict]) -> str:
         (text,) = prompt_texts(tokenizer, [messages])
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        check_positions(config, len(ids) + 256, "the prompt's length with --compact")
         (response,) = sample(model, tokenizer, [ids], max_new_tokens=256, temperature=0, stop=stop)
         return tokenizer.decode(response.answer)
 

@@ -22,6 +22,7 @@ class Turn(NamedTuple):
     text: str
     reward: float
     inputs: dict = {}  # of the pictures
+    noted: dict = {}  # what the game noted beside the reward
 
 
 @dataclass
@@ -126,6 +127,7 @@ def _advance(game, player: _Player, prompt, response, text: str) -> None:
             text,
             result.reward,
             prompt.inputs,
+            result.noted,
         )
     )
     player.trajectory.won, player.done = result.won, result.done

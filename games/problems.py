@@ -1,8 +1,13 @@
 """Mathematics as a game of one turn, for learning from the model's own responses."""
 
+import importlib
+import importlib.util
+import math
 import random
-from collections.abc import Sequence
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from checker import grade
 from data import (
@@ -23,11 +28,17 @@ OPENR1 = "Elliott/Openr1-Math-46k-8192"  # LUFFY's: the columns prompt, target, 
 
 
 class MathProblems:
-    """Episodes of one turn: reward 1 for a right final answer, else 0; the expert is the reference
-    solution."""
+    """Episodes of one turn: reward 1 for a right final answer, else 0, or a reward of the user's
+    own; the expert is the reference solution."""
 
-    def __init__(self, examples: Sequence[Example], shuffle: int | None = None):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        shuffle: int | None = None,
+        reward: Callable[[str, str, dict], object] | None = None,
+    ):
         self.examples, self.shuffle, self._orders = list(examples), shuffle, {}
+        self.reward = reward
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -47,11 +58,52 @@ class MathProblems:
         return [{"role": "user", "content": state.prompt}]
 
     def step(self, state: Example, text: str) -> Result:
+        if self.reward is not None:
+            return own_result(self.reward, state, text)
         right = grade(text, state.answer)
         return Result(float(right), True, right, "")
 
     def expert(self, state: Example) -> str:
         return state.response
+
+
+def own_result(reward: Callable, example: Example, text: str) -> Result:
+    """What a reward of the user's own says of a response; solved is what earns more than 0.
+
+    Raises DataError where it fails, or gives neither a number nor a dict with one as "reward".
+    """
+    row = asdict(example)
+    row = {"problem": row.pop("prompt"), "solution": row.pop("response"), **row}
+    try:
+        value = reward(example.prompt, text, row)
+        noted = dict(value) if isinstance(value, dict) else {"reward": value}
+        number = float(noted.pop("reward"))
+    except Exception as e:  # whatever the user's function raises, or gives back
+        raise DataError(f"--reward fails on {example.id}: {type(e).__name__}: {e}") from e
+    if not math.isfinite(number):
+        raise DataError(f"--reward gives {number} on {example.id}")
+    return Result(number, True, number > 0, "", noted)
+
+
+def load_reward(name: str) -> Callable[[str, str, dict], object]:
+    """The function of "module:function" or "file.py:function". Raises DataError."""
+    where, _, function = name.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(
+                Path(where).stem, Path(where).expanduser()
+            )
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, "")
+            module = importlib.import_module(where)
+        found = getattr(module, function)
+    except Exception as e:  # of the user's file, while it is run
+        raise DataError(f"--reward {name}: {type(e).__name__}: {e}") from None
+    if not callable(found):
+        raise DataError(f"--reward {name} is no function")
+    return found
 
 
 def load_problems(
@@ -65,6 +117,7 @@ def load_problems(
     levels: Sequence[int] = (),
     seed: int = 42,
     suffix: str | None = None,
+    reward: str | None = None,
 ) -> tuple[MathProblems, MathProblems, dict[str, MathProblems], str]:
     """(training, validation, test sets by name, a line on what there is).
 
@@ -74,15 +127,16 @@ def load_problems(
     up to a tenth of its rows, is the test. Rows without an answer, or longer than max_length
     tokens, are left out and counted, and so are problems that occur twice: what is in a test set is
     never trained on. suffix: text after every problem that does not speak of \\boxed itself, by
-    default BOX except for embedded ones. Raises DataError.
+    default BOX except for embedded ones. reward: see load_reward. Raises DataError.
     """
+    own_reward = load_reward(reward) if reward else None
 
     def choose(examples: Sequence[Example]) -> list[Example]:
         """Those that are asked for, with the suffix."""
         chosen = []
         for e in examples:
             fits = (not subjects or e.subject in subjects) and (not levels or e.level in levels)
-            if e.answer and fits:
+            if fits and (e.answer or own_reward):
                 chosen.append(_asking(e, data, suffix))
         return chosen
 
@@ -111,7 +165,8 @@ def load_problems(
             f"--levels and --max-length choose); more than --validation-size {validation} and 1 "
             "are needed"
         )
-    tests = {name: MathProblems(order_by_hash(seed, es)[:test]) for name, es in tests.items()}
+    for name, of_test in tests.items():
+        tests[name] = MathProblems(order_by_hash(seed, of_test)[:test], reward=own_reward)
     sizes = ", ".join(f"{len(problems)} {name}" for name, problems in tests.items())
     report = (
         f"{len(chosen) - validation} training problems, {validation} for validation, {sizes}; "
@@ -120,9 +175,14 @@ def load_problems(
     )
     if repeated:
         report += f"; {repeated} that occur twice or in the test left out"
-    report += _unearned(chosen)
-    train = MathProblems(chosen[validation:], seed)
-    return train, MathProblems(chosen[:validation], seed), tests, report
+    if own_reward is None:
+        report += _unearned(chosen)
+    else:  # it fails here or, after much else, in the first rollout
+        own_result(own_reward, chosen[0], chosen[0].response)
+    train, valid = (
+        MathProblems(part, seed, own_reward) for part in (chosen[validation:], chosen[:validation])
+    )
+    return train, valid, tests, report
 
 
 def _asking(example: Example, data: str, suffix: str | None) -> Example:

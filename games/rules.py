@@ -18,6 +18,7 @@ class Result(NamedTuple):
     done: bool  # the episode is over
     won: bool
     message: str  # to the player; empty where there is nothing to say
+    noted: dict = {}  # what else is to be read beside the response, in samples.jsonl
 
 
 def fields_of(text: str, names: tuple[str, ...]) -> dict:

@@ -12,11 +12,11 @@ import math
 import random
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from data import DataError
 from games.rules import Result, chat, fields_of, font
+from sources import expanded, reason_of
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 BEARINGS = (
@@ -118,10 +118,10 @@ def load_routes(path: str) -> list[Route]:
     objects with a name and a bearing; seen on arrival).
     """
     try:
-        records, _ = json.loads(Path(path).read_text())
+        records, _ = json.loads(expanded(path).read_text(encoding="utf-8-sig"))
         routes = [_route(record) for record in records]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
-        reason = f"{type(e).__name__} {str(e)[:100]}"
+    except Exception as e:  # a file of something else can hold anything
+        reason = f"{type(e).__name__} {reason_of(e)[:100]}"
         raise DataError(f"{path} is not a route file: {reason}") from None
     if not routes or not all(route.headings for route in routes):
         raise DataError(f"{path}: no route, or a route without legs")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.helpers import AMFT_RUN, ROOT, command, final_weights, logged, save_small_model
 
 META = [
+    "--data", "embedded",
     "--steps", "8", "--save-every", "2", "--inner-steps", "2", "--support-batch", "2",
     "--query-batch", "2", "--tasks-per-step", "2", "--eval-every", "4", "--eval-tasks", "2",
     "--eval-problems", "4", "--eval-max-new-tokens", "4",

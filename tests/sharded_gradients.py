@@ -28,7 +28,7 @@ def episodes_and_tokens():
 
 
 def args_of(case: str) -> fomaml.Args:
-    args = fomaml.Args(inner_lr=0.05, support_batch=2, tasks_per_step=2)
+    args = fomaml.Args(inner_lr=0.05, inner_optimizer="sgd", support_batch=2, tasks_per_step=2)
     if case == "adam":
         args.inner_optimizer, args.inner_lr = "adam", 0.002
     args.offload_theta = case == "offload_theta"

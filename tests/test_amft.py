@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import textwrap
 import types
 
 import pytest
@@ -18,6 +19,7 @@ from model import World, auto_class, load_config, load_processor
 from policy import Policy
 from tests.helpers import (
     AMFT_RUN,
+    ROOT,
     assert_same_weights,
     final_weights,
     logged,
@@ -748,6 +750,64 @@ def test_sft_then_rl_starts_afresh(tmp_path, embedded_task, monkeypatch):
     assert rates == pytest.approx([1e-5, 2e-5, 2e-5, 0.5e-5, 1e-5])
     (optimizer,) = made
     assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
+def test_a_reward_of_ones_own(tmp_path, capsys):
+    """docs/amft.md's example, run; what is wrong with one is said in one line."""
+    page = (ROOT / "docs" / "amft.md").read_text()
+    code = page.split("In `reward.py`:\n\n")[1].split("\n    python amft.py")[0]
+    own = tmp_path / "reward.py"
+    own.write_text(textwrap.dedent(code) + WRONG_REWARDS)
+    settings = [
+        "--method", "rl", "--steps", "1", "--prompts-per-step", "4", "--samples", "4",
+        "--max-new-tokens", "32", "--eval-problems", "4", "--show", "2", "--validation-size", "8",
+    ]  # fmt: skip
+    flags = "--reward", f"{own}:short", "--output-dir", tmp_path / "r"
+    assert run_here(amft, *settings, *flags) == 0
+    rows = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").open()]
+    assert any(row["noted"]["right"] for row in rows)
+    for row in rows:
+        saved = max(0.0, 1 - len(row["response"]) / 400)
+        right = row["noted"]["right"]
+        assert row["reward"] == pytest.approx((0.5 + 0.5 * saved) if right else 0.0)
+    for name, message in (
+        ("word", "could not convert string to float"),
+        ("nothing", "KeyError: 'reward'"),
+        ("nan", "gives nan"),
+        ("fails", "ZeroDivisionError"),
+        ("missing", "has no attribute 'missing'"),
+        ("number", "is no function"),
+    ):
+        capsys.readouterr()
+        assert run_here(amft, *settings, "--reward", f"{own}:{name}") == 2
+        lines = capsys.readouterr().err.splitlines()
+        (line,) = [line for line in lines if "--reward" in line]
+        assert message in line
+    args = amft.with_defaults(amft.Args(task="virl", reward=f"{own}:short"))
+    with pytest.raises(DataError, match="--reward"):
+        amft.check(args, 1)
+
+
+WRONG_REWARDS = """
+
+def word(prompt, response, row):
+    return "good"
+
+
+def nothing(prompt, response, row):
+    return {"score": 1.0}
+
+
+def nan(prompt, response, row):
+    return float("nan")
+
+
+def fails(prompt, response, row):
+    return 1 / 0
+
+
+number = 3
+"""
 
 
 def test_a_finished_run_goes_on(tmp_path, embedded_task, monkeypatch):

@@ -191,8 +191,30 @@ def test_tokens_and_loss_mask():
     assert tokenizer.decode(row.ids[row.prompt_length :]) == "\\boxed{1}<|end|>"
     batch = data.collate(list(encoded.values()), tokenizer.pad_token_id)
     labels = batch["labels"]
-    assert batch["input_ids"].shape[1] % 32 == 0
+    longest = max(len(r.ids) for r in encoded.values())
+    assert batch["input_ids"].shape[1] == -(-longest // 4) * 4
+    assert data.collate([data.Encoded([7] * 33, 1)], 0)["input_ids"].shape[1] == 64
     assert (labels != -100).sum() == sum(len(r.ids) - r.prompt_length for r in encoded.values())
     response = slice(row.prompt_length, len(row.ids))
     assert labels[0, response].tolist() == row.ids[response]
     assert data.encode(tokenizer, examples, 5) == ({}, 3)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_examples_in_the_prompt(chat):
+    """As turns of one conversation, each shown once; the loss is on the last answer alone."""
+    _, tokenizer = load_config("tiny")
+    if not chat:
+        tokenizer.chat_template = None
+    one, two, asked = additions(3)
+    encoded = data.encode_in_context(tokenizer, [one, two, one], [asked])
+    (row,) = encoded.values()
+    shown = "<|user|>What is 0 + 1?<|assistant|>\\boxed{1}<|end|>"
+    shown += "<|user|>What is 1 + 1?<|assistant|>\\boxed{2}<|end|>"
+    question = "<|user|>What is 2 + 1?<|assistant|>"
+    if not chat:
+        shown = "Problem: What is 0 + 1?\nSolution: \\boxed{1}\n"
+        shown += "Problem: What is 1 + 1?\nSolution: \\boxed{2}\n"
+        question = "Problem: What is 2 + 1?\nSolution: "
+    assert tokenizer.decode(row.ids[: row.prompt_length]) == shown + question
+    assert tokenizer.decode(row.ids[row.prompt_length :]) == "\\boxed{3}<|end|>"

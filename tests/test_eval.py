@@ -458,6 +458,61 @@ def test_pictures_that_cannot_be_drawn(here, capsys, files, flags, message):
     assert not list(here.glob("*.png"))
 
 
+def test_bars_show_the_interval():
+    import matplotlib.pyplot as plt
+
+    fig, axis = plt.subplots()
+    summary = {"accuracy": 0.5, "interval": [0.4, 0.7]}
+    plots.draw_benchmarks({"m": {"b": summary}}, axis)
+    (bars,) = (c for c in axis.containers if hasattr(c, "errorbar"))
+    (bar,) = bars
+    assert bar.get_height() == 50
+    (segment,) = bars.errorbar.lines[2][0].get_segments()
+    assert segment[:, 1].tolist() == pytest.approx([40, 70])
+    plt.close(fig)
+
+
+def drawn(draw, *args) -> list[list[list[float]]]:
+    """[x, y] of the lines that a panel draws."""
+    import matplotlib.pyplot as plt
+
+    fig, axis = plt.subplots()
+    draw(*args, axis)
+    lines = [[list(line.get_xdata()), list(line.get_ydata())] for line in axis.get_lines()]
+    plt.close(fig)
+    return lines
+
+
+def test_lines_of_panels():
+    """Smoothing over a centred window; the mean of seeds; summed changes of mu; a test set."""
+    assert plots.smooth([0.0, 3.0, 6.0, 0.0], 3) == [1.5, 3.0, 3.0, 3.0]
+    assert plots.smooth([1.0, 5.0], 1) == [1.0, 5.0]
+    first = [{"step": 1, "mu": 0.5, "mu_change/entropy": 0.1}, {"step": 2, "mu": 0.6}]
+    first.append({"step": 3, "mu": 0.7, "mu_change/entropy": 0.2})
+    second = [{"step": step, "mu": 0.8} for step in (1, 2, 3)]
+    tasks = [{"step": 0, "tasks": {"test": {"accuracy": 0.25}}}]
+    setting = plots.Setting("a", "#000000", [first, second], [tasks, tasks])
+    (line,) = drawn(plots.draw_metric, [setting], "mu", 0)
+    assert line == [[1, 2, 3], pytest.approx([0.65, 0.7, 0.75])]
+    changes = drawn(plots.draw_mu_changes, setting)
+    assert changes[-1] == [[1, 2, 3], pytest.approx([0.1, 0.1, 0.3])]
+    (line,) = drawn(plots.draw_test_sets, [setting], ["test"])
+    assert line == [[0], [25.0]]
+
+
+def test_seeds_of_a_setting_are_one_line(tmp_path):
+    runs = []
+    for i, (seed, lr) in enumerate(((1, 0.1), (2, 0.1), (1, 0.2))):
+        run = tmp_path / f"r{i}"
+        run.mkdir()
+        args = {"seed": seed, "lr": lr, "output_dir": str(run), "resume": i == 1}
+        (run / "args.json").write_text(json.dumps({"args": args}))
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, RUN)))
+        runs.append(run)
+    settings = plots.settings_of(runs, {})
+    assert [(s.label, len(s.metrics)) for s in settings] == [("r0", 2), ("r2", 1)]
+
+
 def test_picture(here, capsys):
     (here / "run").mkdir()
     lines = "\n".join(map(json.dumps, RUN))

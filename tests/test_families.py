@@ -145,7 +145,7 @@ def norm_of(gradients: list[torch.Tensor]) -> float:
 
 def meta_learner_norm(model, world: World) -> float:
     episodes, tokens = random_episodes(2, 4, 4, vocab=90)  # no tokens of pictures
-    args = fomaml.Args(inner_lr=0.05, support_batch=2, tasks_per_step=2)
+    args = fomaml.Args(inner_lr=0.05, inner_optimizer="sgd", support_batch=2, tasks_per_step=2)
     learner = fomaml.MetaLearner(model.train(), args, world, 0, tokens)
     losses = meta_gradient(learner, learner.fomaml, episodes)
     assert bool(losses.isfinite().all())

@@ -2,13 +2,25 @@
 
 import copy
 import gc
+import math
+import random
 import time
+from functools import partial
 
 import pytest
 import torch
 
 import fomaml
-from data import collate, encode, load_tasks, response_tokens, sample_episode
+from data import (
+    Encoded,
+    collate,
+    draw_support,
+    encode,
+    load_tasks,
+    response_tokens,
+    sample_episode,
+    template,
+)
 from model import World, load_config, load_weights, set_gradients, token_loss
 from tests import sharded_gradients
 from tests.helpers import (
@@ -28,7 +40,8 @@ from tests.helpers import (
 
 def plain_learner(model, tokens, **settings) -> fomaml.MetaLearner:
     """Without FSDP and process group; inner steps of 2 rows."""
-    args = fomaml.Args(**{"inner_lr": 0.05, "support_batch": 2} | settings)
+    defaults = {"inner_lr": 0.05, "inner_optimizer": "sgd", "support_batch": 2}
+    args = fomaml.Args(**defaults | settings)
     return fomaml.MetaLearner(model, args, World(torch.device("cpu")), 0, tokens)
 
 
@@ -173,6 +186,106 @@ def test_reptile_and_joint():
     assert_same_weights(weights_of(model), theta, "theta")
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("steps,within", [(1, 1e-6), (3, 0.05)])
+def test_learned_inner_rates(optimizer, steps, within):
+    """d L_query / d log alpha of every tensor, against central differences of the query loss after
+    the inner loop with other rates: exact for one inner step, to first order for several."""
+    model = small_llama()
+    episodes, tokens = random_episodes(2, 2 * steps, 3)
+    rate = {"sgd": 2e-3, "adam": 5e-4}[optimizer]
+    settings = {"inner_optimizer": optimizer, "inner_lr": rate, "tasks_per_step": 2}
+    learner = plain_learner(model, tokens, learn_inner_lr="tensor", **settings)
+    theta = weights_of(model)
+    meta_gradient(learner, learner.fomaml, episodes)
+    got = learner.rate_gradient.clone()
+
+    def query_loss() -> float:
+        """Mean over the episodes, with the learner's rates."""
+        losses = []
+        for episode in episodes:
+            learner.adapt(episode.support)
+            losses.append(
+                Reference(model, tokens).loss(dict(model.named_parameters()), episode.query)
+            )
+            learner.restore()
+        return sum(losses).item() / len(losses)
+
+    h, differences = 1e-4, []
+    for i in range(len(learner.params)):
+        above, below = list(learner.inner_lr), list(learner.inner_lr)
+        above[i], below[i] = rate * math.exp(h), rate * math.exp(-h)
+        learner.inner_lr = above
+        loss = query_loss()
+        learner.inner_lr = below
+        differences.append((loss - query_loss()) / (2 * h))
+        learner.inner_lr = [rate] * len(learner.params)
+    differences = torch.tensor(differences, dtype=torch.float64)
+    largest = differences.abs().max().item()
+    assert largest > 1e-5
+    torch.testing.assert_close(got, differences, rtol=within, atol=within * largest)
+    assert_same_weights(weights_of(model), theta, "theta")
+
+
+def test_rates_move_by_adam():
+    """log alpha, of all tensors or of each, as torch.optim.Adam moves it; alpha of every tensor."""
+    gradients = [[0.5, -0.25, 0.0], [0.1, 0.3, -0.2], [-0.4, 0.2, 0.1]]
+    for kind in ("scalar", "tensor"):
+        args = fomaml.Args(learn_inner_lr=kind, inner_lr=0.01, rate_lr=0.2)
+        rates = fomaml.InnerRates(args, 3)
+        assert rates.values() == pytest.approx([0.01] * 3)
+        count = 3 if kind == "tensor" else 1
+        expected = torch.full((count,), math.log(0.01), dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([expected], eps=1e-12)
+        for step, gradient in enumerate(gradients):
+            rates.move(gradient, step, schedule=0.5)
+            of_rates = torch.tensor(gradient, dtype=torch.float64)
+            expected.grad = of_rates if kind == "tensor" else of_rates.sum().view(1)
+            optimizer.param_groups[0]["lr"] = 0.2 * 0.5
+            optimizer.step()
+        assert rates.values() == pytest.approx(expected.exp().expand(3).tolist())
+
+
+def test_in_context_gradient():
+    """The mean over tasks of the gradient of the query loss behind the support rows: every token of
+    the prompt built by hand, a support row that is there twice shown once."""
+    _, tokenizer = load_config("tiny")
+    tasks = load_tasks("orders")[:2]
+    model = small_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    episodes = [sample_episode(tasks, 0, 0, place, 6, 2, shots=3) for place in range(2)]
+    chat, expected = template(tokenizer), None
+    for episode in episodes:
+        shown = list(dict.fromkeys(episode.support))
+        assert len(shown) == 3
+        text = "".join(chat.before + e.prompt + chat.after + e.response + "<|end|>" for e in shown)
+        rows = []
+        for e in episode.query:
+            prompt = tokenizer(text + chat.before + e.prompt + chat.after)["input_ids"]
+            rows.append(
+                Encoded(prompt + tokenizer(e.response + "<|end|>")["input_ids"], len(prompt))
+            )
+        weights = leaves(weights_of(model))
+        loss = reference_loss(functional(model, weights), rows) / 2
+        gradient = torch.autograd.grad(loss, list(weights.values()))
+        expected = [a + b for a, b in zip(expected or [0] * len(gradient), gradient, strict=True)]
+    learner = plain_learner(model, {}, tasks_per_step=2)
+    meta_gradient(learner, partial(learner.in_context, tokenizer), episodes)
+    for g, e in zip(learner.meta_gradient, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-8, atol=1e-11)
+
+
+def test_every_inner_step_on_the_same_rows():
+    """--shots: so many different rows, gone through in passes; 0: all different."""
+    task = load_tasks("embedded")[0]
+    rng = random.Random(0)
+    batches = chunks(draw_support(rng, task.support, 20, shots=5), 5)
+    for batch in batches[1:]:
+        assert {e.id for e in batch} == {e.id for e in batches[0]}
+    assert batches[1] != batches[0]
+    assert len({e.id for e in draw_support(rng, task.support, 20)}) == 20
+    assert len({e.id for e in draw_support(rng, task.support, 20, shots=99)}) == 20
+
+
 def test_two_ranks_equal_one(tmp_path, process_group):
     """Shards, replicas, activation checkpointing, offloaded buffers, Adam: 1 rank, 2 ranks and no
     FSDP at all agree to 1e-5."""
@@ -215,7 +328,7 @@ def test_cost_against_the_floor(process_group):
     config, tokenizer = load_config("tiny")
     bare = load_weights("tiny").train()
     world = World(torch.device("cpu"), mesh=one_rank_mesh())
-    args = fomaml.Args(inner_steps=5, tasks_per_step=2)
+    args = fomaml.Args(inner_optimizer="sgd", inner_lr=0.1, support_batch=4, tasks_per_step=2)
     model = fomaml.build(args, config, world)
     tasks = [t for t in load_tasks("embedded") if not t.heldout]
     examples = []

@@ -10,9 +10,12 @@ from fractions import Fraction
 
 import pytest
 
-from data import DataError
+from data import DataError, Example, embedded_examples
+from games import games_of
 from games.general_points import GeneralPoints, Hand, evaluate, solutions, solvable
+from games.problems import MathProblems, load_problems
 from games.virl import VIRL, Route, bearing, compass, load_routes, observation, turn, wrap
+from model import load_config
 from tests.helpers import SHARED, hostile_rows
 
 GAMES = [
@@ -59,6 +62,59 @@ def test_the_expert_wins():
         walk = VIRL(split=split).reset(seed)
         walks.add(walk.instructions[0] + str(walk.positions))
     assert len(walks) == 200, "a route is in two splits, or twice in one"
+
+
+def test_problems_come_round_in_new_orders():
+    """An endless list: every problem once a round; the order is a function of the seed."""
+    examples = [Example(str(i), "", str(i), "", 0, str(i)) for i in range(10)]
+
+    def order(game: MathProblems, first: int) -> list[str]:
+        return [game.reset(seed).prompt for seed in range(first, first + 10)]
+
+    game = MathProblems(examples, 1)
+    rounds = [order(game, 0), order(game, 10), order(game, 0)]
+    for found in rounds:
+        assert sorted(found) == [e.prompt for e in examples]
+    assert rounds[0] == rounds[2] != rounds[1]
+    assert order(MathProblems(examples, 1), 0) == rounds[0]
+    assert order(MathProblems(examples, 2), 0) != rounds[0]
+    assert order(MathProblems(examples), 10) == [e.prompt for e in examples]
+    results = [game.step(examples[3], text) for text in (r"\boxed{3}", r"\boxed{4}")]
+    assert [(r.reward, r.done, r.won) for r in results] == [(1.0, True, True), (0.0, True, False)]
+
+
+def test_embedded_problems_with_a_reward_are_new():
+    """Neither they nor their tests were in the models' pre-training, or in each other."""
+    _, tokenizer = load_config("tiny")
+    sizes = {"validation": 8, "test": 70, "max_length": 512}
+    train, validation, tests, _ = load_problems("embedded", tokenizer, **sizes)
+    learnt = {e.prompt for e in train.examples + validation.examples}
+    tested = {e.prompt for game in tests.values() for e in game.examples}
+    known = set()
+    for seed in (0, 1):
+        for rows in embedded_examples(400, seed, "train", "pretraining").values():
+            known |= {e.prompt for e in rows}
+    assert min(len(learnt), len(known)) > 4000
+    assert learnt.isdisjoint(known)
+    assert tested.isdisjoint(learnt | known)
+
+
+def test_tests_of_the_games():
+    """Other deals and routes; the other rule; with pictures another look."""
+    game, validation, tests = games_of("general_points", compact=True, vision=True)
+    assert (game.split, validation.split) == ("train", "validation")
+    assert list(tests) == ["in distribution", "rule", "visual"]
+    assert {test.split for test in tests.values()} == {"test"}
+    assert [test.rule for test in tests.values()] == ["10", "11_12_13", "10"]
+    assert [test.suits for test in tests.values()] == ["black", "black", "red"]
+    assert [test.attempts for test in tests.values()] == [2, 2, 2]
+    game, validation, tests = games_of("virl", actions="relative", vision=True)
+    assert (game.split, validation.split) == ("train", "validation")
+    assert [test.actions for test in tests.values()] == ["relative", "absolute", "relative"]
+    assert [test.style for test in tests.values()] == [0, 0, 1]
+    assert games_of("general_points", rule="11_12_13")[2]["rule"].rule == "10"
+    assert "visual" not in games_of("virl")[2]
+    assert games_of("general_points")[0].attempts == 5
 
 
 # --------------------------------------------------------------------------------------------------

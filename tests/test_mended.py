@@ -5,6 +5,8 @@ lines, against independent computations.
 `torchrun -m tests.test_mended FILE` writes what two ranks find, for the last test.
 """
 
+import errno
+import itertools
 import json
 import math
 import os
@@ -15,7 +17,7 @@ import sys
 import threading
 import time
 import types
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -27,10 +29,16 @@ import fomaml
 import measure
 import meta_lora
 import plots
+import run
+import tiny.train
+from checker import extract_answer, grade, is_equal
 from data import (
     DataError,
     Example,
+    Task,
+    check_numbers,
     encode,
+    episode_tasks,
     is_right,
     load_tasks,
     prompt_texts,
@@ -50,7 +58,7 @@ from model import (
     load_weights,
     setup,
 )
-from policy import Policy
+from policy import Policy, sample
 from tests.helpers import (
     ROOT,
     all_rows,
@@ -60,6 +68,7 @@ from tests.helpers import (
     final_weights,
     functional,
     logged,
+    meta_gradient,
     one_rank_mesh,
     random_episodes,
     random_rows,
@@ -119,7 +128,7 @@ class Parity:
 
 def parity_task() -> tuple:
     """What amft.load_task returns."""
-    return Parity(), Parity(), {"test": (Parity(), 4)}, "parity"
+    return Parity(), Parity(), Parity(), {"test": (Parity(), 4)}, "parity"
 
 
 @pytest.fixture
@@ -131,7 +140,8 @@ def parity(monkeypatch):
 META_RUN = [
     "--steps", "4", "--save-every", "2", "--inner-steps", "2", "--tasks-per-step", "2",
     "--support-batch", "2", "--query-batch", "2", "--eval-every", "-1", "--eval-problems", "4",
-    "--eval-max-new-tokens", "4", "--inner-lr", "0.04", "--outer-lr", "1e-3",
+    "--eval-max-new-tokens", "4", "--inner-lr", "0.04", "--outer-lr", "1e-3", "--shots", "0",
+    "--no-eval-curve",
 ]  # fmt: skip
 PARITY_RUN = [
     "--steps", "2", "--warmup-steps", "0", "--prompts-per-step", "4", "--samples", "4",
@@ -143,7 +153,8 @@ def settings_of(name: str, model, sums: Path) -> list:
     """A short run of a script."""
     if name == "amft":
         return ["--model", model, *PARITY_RUN]
-    return ["--model", model, "--data", sums, *META_RUN]
+    inner = ["--inner-optimizer", "sgd"] if name == "fomaml" else []
+    return ["--model", model, "--data", sums, *META_RUN, *inner]
 
 
 def edited(folder: Path, name: str, **changes) -> None:
@@ -176,6 +187,7 @@ def ends_with_another_token(folder: Path) -> None:
     edited(folder, "tokenizer_config.json", eos_token="<|system|>")
     _, tokenizer = load_config(str(folder))
     assert template(tokenizer).end != [tokenizer.eos_token_id]
+    assert template(tokenizer).stop == {tokenizer.eos_token_id, *template(tokenizer).end}
     eos = tokenizer.eos_token_id
     edited(folder, "config.json", eos_token_id=eos)
     edited(folder, "generation_config.json", eos_token_id=eos)
@@ -373,19 +385,25 @@ def test_target_entropy_is_of_all_validation_prompts():
 
     def rollout(game, seeds, samples, key):
         seen.update(seeds=list(seeds), samples=samples)
-        return []
+        return [[None] * samples for _ in seeds]
 
     stop = types.SimpleNamespace(agreed=lambda: False)
     actor = types.SimpleNamespace(mine=range, rollout=rollout, stop=stop)
     learner = types.SimpleNamespace(entropy=lambda groups: 0.25)
     args = amft.with_defaults(amft.Args(validation_size=64, validation_prompts=16, samples=8))
-    assert amft.target_entropy(args, actor, learner, None) == 0.25
+    assert amft.target_entropy(args, actor, learner, None) == (0.25, 512)
     assert seen == {"seeds": list(range(64)), "samples": 8}
 
 
 def warm_at_once(patch: pytest.MonkeyPatch) -> None:
     """Parity, with meta-gradients from the first step on."""
-    patch.setattr(amft.Controller, "FIRST_STEPS", 0)
+    init = amft.Controller.__init__
+
+    def warm(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.first_steps = 0
+
+    patch.setattr(amft.Controller, "__init__", warm)
     patch.setattr(amft, "load_task", lambda *_: parity_task())
 
 
@@ -418,7 +436,8 @@ def assert_same_run(got: Path, expected: Path) -> None:
 def test_all_samples_are_counted(learned):
     rows = logged(learned)
     assert [row["samples/train"] for row in rows] == [0, 16, 16, 16, 16]
-    assert [row["samples/validation"] for row in rows] == [0, 16, 16, 16, 16]
+    for_target = 64 * 4  # H*, once
+    assert [row["samples/validation"] for row in rows] == [0, 16 + for_target, 16, 16, 16]
 
 
 def test_mu_resumes_to_the_last_bit(learned, small_model, tmp_path, monkeypatch):
@@ -555,6 +574,15 @@ def test_templates_do_not_change_with_the_day(kind, monkeypatch):
     assert "Today Date: 2" in text
 
 
+def test_a_turn_that_ends_in_plain_text():
+    """The first token of " END" ends nothing: the end-of-sequence token does."""
+    kind = REST_OF_TEMPLATE.replace("<|end|>", " END")
+    tokenizer = tokenizer_with(kind)
+    chat = template(tokenizer)
+    assert chat.end == [tokenizer.eos_token_id]
+    assert chat.stop == {tokenizer.eos_token_id}
+
+
 @pytest.mark.parametrize(
     "chat_template", ["{{ raise_exception('no such role') }}", "{% for m in %}", "{{ 1 / 0 }}"]
 )
@@ -631,6 +659,11 @@ def test_answers_that_are_words(monkeypatch, process_group):
     rows = [Example(f"review {i}", "The food is  good", "", "", 0, str(i)) for i in range(4)]
     assert is_right("The food is good\n", rows[0])
     assert not is_right("The food is not good", rows[0])
+    # The checker would compare the last numbers only
+    text = "{} lies there with many gates that were built when kings ruled over these lands, 5"
+    paris = Example("Which?", text.format("Paris"), "", "", 0, "p")
+    assert is_right(paris.response, paris)
+    assert not is_right(text.format("Madrid"), paris)
     assert not is_right("", rows[0])
     assert is_right("so \\boxed{1/2}", Example("", "words", "0.5", "", 0, "a"))
     assert not is_right("words", Example("", "words", "0.5", "", 0, "a"))
@@ -645,6 +678,72 @@ def test_answers_that_are_words(monkeypatch, process_group):
     assert sums[0, 1] == 2
 
 
+def test_intervals_of_numbers():
+    """Open and closed ends, every number of a tuple, nan nowhere, None not yet."""
+    ends = {"[0, 2]": [0, 2], "(0, 2]": [2], "[0, 2)": [0], "(0, 2)": []}
+    for interval, inside in ends.items():
+        for value in (-1, 0, 1, 2, 3, math.nan, (1, 1), (1, 3), None):
+            good = value in (1, (1, 1), None) or value in inside
+            args = types.SimpleNamespace(some_flag=value)
+            if good:
+                check_numbers(args, {interval: ("some_flag",)})
+                continue
+            with pytest.raises(DataError, match="^--some-flag must be in ") as error:
+                check_numbers(args, {interval: ("some_flag",)})
+            assert interval in str(error.value)
+
+
+def test_what_both_files_hold_is_only_tested(tmp_path):
+    """Of a folder with a test file: a problem in both is not trained on; data.py's tasks."""
+    for name, numbers in (("train", range(40)), ("test", range(30, 50))):
+        rows = []
+        for i in numbers:
+            row = {"problem": f"What is {i} + 1?", "solution": f"It is \\boxed{{{i + 1}}}."}
+            rows.append(row | {"task": "sums"})
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (task,) = load_tasks(str(tmp_path))
+    assert len(task.test) == 20
+    assert len(task.support + task.query) == 30
+    assert len(task.support) == 13  # 0.3 of 0.7 of the 30
+    tested = {e.prompt for e in task.test}
+    assert tested.isdisjoint(e.prompt for e in task.support + task.query)
+
+
+def test_evaluated_tasks_are_spread_over_the_list():
+    """Every kind is there, not only the first ones."""
+    _, tokenizer = load_config("tiny")
+    tasks = []
+    for name in "abcdef":
+        rows = [Example(f"{name}{i}", "x", "", "", 0, f"{name}{i}") for i in range(6)]
+        tasks.append(Task(name, rows[:2], rows[2:4], rows[4:]))
+    for evaluated, names in ((3, "ace"), (2, "ad"), (0, "abcdef"), (9, "abcdef")):
+        _, chosen, _, _ = episode_tasks(tokenizer, tasks, 99, 1, 2, 2, evaluated)
+        assert [t.name for t in chosen] == list(names)
+
+
+def test_what_follows_the_last_thought_is_the_answer():
+    text = r"<think>Is it 3?</think> It is \boxed{5}. No, once more.</think> It is 7."
+    assert extract_answer(text) == "7"
+    assert grade(text, "7")
+    assert not grade(text, "5")
+
+
+@pytest.mark.parametrize(
+    "root,value,other",
+    [
+        (r"\sqrt{-4}", "2i", "-2"),
+        (r"\sqrt{-3}", r"i\sqrt{3}", r"-\sqrt{3}"),
+        (r"\sqrt[3]{-8}", "-2", "2"),
+        (r"(-27)^{2/3}", "9", "-9"),
+        (r"\sqrt[3]{-2}", r"-\sqrt[3]{2}", r"\sqrt[3]{2}"),
+    ],
+)
+def test_roots_of_negative_numbers(root, value, other):
+    """Odd ones are real, even ones are not."""
+    assert is_equal(root, value)
+    assert not is_equal(root, other)
+
+
 def prepared(folder: Path, sums: Path) -> Path:
     import data
 
@@ -652,7 +751,7 @@ def prepared(folder: Path, sums: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("source", ["embedded", "subjects", "conventions", "file", "prepared"])
+@pytest.mark.parametrize("source", ["embedded", "subjects", "orders", "file", "prepared"])
 def test_query_rows_are_not_in_the_support(source, sums, tmp_path):
     """Of every place of a meta-batch, and so of every replica."""
     data = {"subjects": "embedded", "file": str(sums)}.get(source, source)
@@ -785,6 +884,70 @@ def test_output_folders_that_are_none(finished, small_model, sums, tmp_path, cap
         assert run_here(fomaml, *flags, "--resume", "--output-dir", finished / name) == 2
         assert f"is a checkpoint: give the run folder, {finished}" in capsys.readouterr().err
         assert sorted(finished.rglob("*")) == before
+
+
+def test_other_settings_on_resume(finished, small_model, sums, tmp_path, capsys):
+    """What an evaluation looks at may change; --steps may not, and it is said why."""
+    shutil.copytree(finished, tmp_path / "r", symlinks=True)
+    where = ["--output-dir", tmp_path / "r", "--resume"]
+    flags = flags_of_finished(small_model, sums)
+    looks = ["--eval-problems", "2", "--eval-tasks", "1", "--eval-max-new-tokens", "0"]
+    assert run_here(fomaml, *flags, *looks, "--gain-every", "1", *where) == 0
+    capsys.readouterr()
+    assert run_here(fomaml, *flags, "--steps", "6", *where) == 2
+    assert_one_line(capsys, "was started with --steps 4", "(the schedule is made for --steps)")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_full_disk_while_saving(name, small_model, sums, tmp_path, capsys, monkeypatch, parity):
+    """One line that names the last good checkpoint, from which the run goes on."""
+    save_checkpoint, saved = run.save_checkpoint, []
+
+    def save(link, write, extra, keep):
+        if saved:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(extra["step"])
+        save_checkpoint(link, write, extra, keep)
+
+    monkeypatch.setattr(run, "save_checkpoint", save)
+    flags = [*settings_of(name, small_model, sums), "--steps", "4", "--save-every", "2"]
+    flags += ["--output-dir", tmp_path / "r"]
+    assert run_here(SCRIPTS[name], *flags) == 2
+    assert saved == [2]
+    good = tmp_path / "r" / "step-000002"
+    line = f"No space left on device. Last good one: {good}"
+    error = capsys.readouterr().err
+    assert f"{name}.py: cannot write a checkpoint: " in error
+    assert line in error
+    monkeypatch.undo()
+    if name != "amft":
+        assert run_here(SCRIPTS[name], *flags, "--resume") == 0
+        assert "resumed at step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_interrupt_before_the_loop(name, small_model, sums, tmp_path, capsys, monkeypatch, parity):
+    """Ctrl-C while weights are read: one line, status 130."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SCRIPTS[name], "build", interrupted)
+    flags = [*settings_of(name, small_model, sums), "--output-dir", tmp_path / "r"]
+    assert run_here(SCRIPTS[name], *flags) == 130
+    assert_one_line(capsys, f"{name}.py: interrupted, nothing new is saved")
+
+
+def test_ranks_wait_for_each_other(monkeypatch):
+    """One may read weights or play for long: NCCL's own ten minutes would end the run."""
+
+    def init(*_, timeout, **__):
+        raise TimeoutError(timeout)
+
+    monkeypatch.setattr(dist, "init_process_group", init)
+    with pytest.raises(TimeoutError) as error:
+        setup()
+    assert error.value.args[0] >= timedelta(hours=1)
 
 
 WANDB = """
@@ -1098,7 +1261,8 @@ def amft_reference(model, mu: float, clip: float, steps: int) -> Descent:
 def test_first_steps_of_amft(method, mu, small_model, tmp_path, parity):
     clip = 0.5
     flags = ["--model", small_model, *PARITY_RUN, "--method", method, "--lr", "1e-3"]
-    flags += ["--mu-init", "0.8", "--steps", "3", "--clip", clip, "--weight-decay", "0.5"]
+    flags += ["--steps", "3", "--clip", clip, "--weight-decay", "0.5"]
+    flags += ["--mu-init", mu] if method == "fixed" else []
     assert run_here(amft, *flags, "--output-dir", tmp_path / "r") == 0
     norms = [row["grad_norm"] for row in logged(tmp_path / "r")]
     start = load_weights(str(small_model)).state_dict()
@@ -1106,6 +1270,87 @@ def test_first_steps_of_amft(method, mu, small_model, tmp_path, parity):
     assert norms == pytest.approx(clipped.norms, rel=1e-3)
     assert min(norms) > clip
     assert_same_change(final_weights(tmp_path / "r"), clipped.weights, start, 5e-3)
+
+
+def test_reptile_counts_adams_steps():
+    """The last step, on the query rows, is step K + 1 of Adam's bias correction."""
+    model, (episodes, tokens) = small_llama(), random_episodes(2, 4, 2)
+    settings = {"inner_optimizer": "adam", "inner_lr": 0.002, "support_batch": 2}
+    args = fomaml.Args(**settings, tasks_per_step=2)
+    learner = fomaml.MetaLearner(model, args, World(CPU), 0, tokens)
+    meta_gradient(learner, learner.reptile, episodes)
+    theta = weights_of(model)
+    expected = {name: torch.zeros_like(p) for name, p in theta.items()}
+    for episode in episodes:
+        theta_i = {name: p.clone().requires_grad_() for name, p in theta.items()}
+        adam = torch.optim.Adam(theta_i.values(), lr=0.002)
+        for examples in [*chunks(episode.support, 2), episode.query]:
+            adam.zero_grad()
+            rows = [tokens[e.id] for e in examples]
+            reference_loss(functional(model, theta_i), rows).backward()
+            adam.step()
+        for name in expected:
+            expected[name] += (theta_i[name].detach() - theta[name]) / 2
+    for (name, e), g in zip(expected.items(), learner.meta_gradient, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-8, atol=1e-11, msg=name)
+
+
+def assert_close_runs(got: Path, expected: Path) -> None:
+    """Of the same steps, but for rounding."""
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        one, two = logged(got, name), logged(expected, name)
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            for row in (a, b):
+                for task, numbers in row.pop("tasks", {}).items():
+                    row |= {f"{task}/{k}": v for k, v in numbers.items()}
+                row |= row.pop("mean", {})
+            assert a == pytest.approx(b, rel=1e-3, abs=3e-5)
+    a, b = final_weights(got), final_weights(expected)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=3e-5, msg=name)
+
+
+def test_replicas_equal_one_rank(small_model, sums, tmp_path):
+    """Two replicas take two tasks each, and evaluate different ones; three steps, as one rank."""
+    flags = [*settings_of("fomaml", small_model, sums), *THREE_STEPS, "--tasks-per-step", "4"]
+    flags += ["--eval-every", "0", "--gain-every", "1"]
+    assert run_here(fomaml, *flags, "--output-dir", tmp_path / "1") == 0
+    more = ["--replicas", "2", "--output-dir", tmp_path / "2"]
+    run_well("fomaml.py", *flags, *more, ranks=2)
+    assert_close_runs(tmp_path / "2", tmp_path / "1")
+
+
+def test_tasks_per_forward_change_nothing(small_model, sums, tmp_path):
+    """Also not what is logged of each task."""
+    flags = [*settings_of("meta_lora", small_model, sums), *THREE_STEPS, "--tasks-per-step", "4"]
+    flags += ["--dropout", "0", "--gain-every", "1", "--inner-optimizer", "sgd"]
+    assert run_here(meta_lora, *flags, "--output-dir", tmp_path / "4") == 0
+    flags += ["--tasks-per-forward", "1"]
+    assert run_here(meta_lora, *flags, "--output-dir", tmp_path / "1") == 0
+    assert_close_runs(tmp_path / "1", tmp_path / "4")
+
+
+@pytest.mark.parametrize("method", ["fomaml", "reptile"])
+def test_losses_of_adapters(method):
+    """The support loss that is logged is that before the last support step."""
+    episodes, tokens = random_episodes(2, 6, 2)
+    args = meta_lora.Args(inner_lr=0.05, support_batch=2, tasks_per_step=2, inner_optimizer="sgd")
+    model = small_llama().requires_grad_(False)
+    adapters = Adapters(
+        model, r=3, alpha=6, dropout=0.0, rank_stabilised=False, seed=1, device=CPU,
+        target_modules=args.target_modules,
+    )  # fmt: skip
+    adapters.phi = [p.double() for p in adapters.phi]
+    learner = meta_lora.AdapterLearner(model, adapters, args, World(CPU), 0, tokens)
+    support, query = getattr(learner, method)(episodes)
+    steps = meta_lora.support_steps(episodes, 2)
+    learner.inner_loop(steps[:-1])
+    with torch.no_grad():
+        torch.testing.assert_close(support, learner.mean_losses(steps[-1]))
+    learner.inner_loop(steps)
+    with torch.no_grad():
+        torch.testing.assert_close(query, learner.mean_losses([e.query for e in episodes]))
 
 
 @pytest.mark.parametrize("inner_optimizer", ["sgd", "adam"])
@@ -1129,6 +1374,95 @@ def test_inner_clip_above_the_norm_changes_nothing(inner_optimizer):
     for plain, clipped, phi in zip(*found, adapters.phi, strict=True):
         assert not torch.equal(plain[0], phi)
         torch.testing.assert_close(clipped, plain, rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# The sampler and episodes; how the embedded models are made
+
+
+class Twice:
+    """A game of two turns with the same prompt."""
+
+    def reset(self, seed: int) -> list[str]:
+        return []
+
+    def prompt(self, state: list[str]) -> list[dict]:
+        return [{"role": "user", "content": "Say something."}]
+
+    def step(self, state: list[str], text: str) -> Result:
+        state.append(text)
+        return Result(0.0, len(state) == 2, False, "")
+
+
+def test_every_turn_has_its_own_stream(small_model):
+    _, tokenizer = load_config("tiny")
+    model = load_weights(str(small_model)).eval()
+    groups = play(model, tokenizer, Twice(), range(4), 2, "key", 12)
+    texts = set()
+    for group in groups:
+        for trajectory in group:
+            texts |= {turn.text for turn in trajectory.turns}
+    assert len(texts) == 16  # 4 seeds, 2 samples, 2 turns
+
+
+def test_interrupted_samples_are_cut_short(small_model):
+    """What has been drawn is what an uninterrupted call draws first; the rest is empty."""
+    _, tokenizer = load_config("tiny")
+    model = load_weights(str(small_model)).eval()
+    prompts = [[5, 6, 7], [8, 9], [5, 5, 5, 5], [6] * 5]
+
+    def draw(interrupted):
+        return sample(
+            model, tokenizer, prompts, 2, 20, stop=frozenset({10**6}), batch_size=4,
+            seeds=range(8), interrupted=interrupted,
+        )  # fmt: skip
+
+    asked = itertools.count()
+    cut, whole = draw(lambda: next(asked) >= 6), draw(lambda: False)
+    lengths = [len(s.ids) for s in cut]
+    assert sorted(lengths) == [0, 0, 0, 0, 5, 5, 5, 5]
+    for s, full, n in zip(cut, whole, lengths, strict=True):
+        assert len(full.ids) == 20
+        assert s.ids == full.ids[:n]
+        assert s.logprobs == pytest.approx(full.logprobs[:n], abs=1e-5)
+        assert not s.finished
+
+
+def test_rates_of_the_embedded_models_training(monkeypatch):
+    """Warm-up and linear decay, of AdamW and of Muon."""
+    rates = {"AdamW": [], "Muon": []}
+    for name, found in rates.items():
+        kind = getattr(torch.optim, name)
+        real = kind.step
+
+        def step(self, *args, real=real, found=found, **kwargs):
+            found.append(self.param_groups[0]["lr"])
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "step", step)
+    batch = {"input_ids": torch.arange(32)[None], "labels": torch.arange(32)[None]}
+    losses = tiny.train.fit(
+        small_llama(torch.float32), itertools.repeat(batch), 10, lr=5e-3, warmup=4
+    )
+    assert len(losses) == 10
+    schedule = [0.25, 0.5, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    assert rates["AdamW"] == pytest.approx([3e-3 * x for x in schedule])
+    assert rates["Muon"] == pytest.approx([5e-3 * x for x in schedule])
+
+
+def test_embedded_models_replace_nothing_else(tmp_path):
+    """The folder of a new model is emptied: one with other things in it is refused."""
+    (tmp_path / "mine.txt").write_text("mine")
+    for options, message in (
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"lr": math.nan}, r"--lr must be in \(0, 100\]"),
+        ({"output_dir": ""}, "--output-dir must name a folder"),
+        ({"output_dir": str(tmp_path)}, "holds other things than a model"),
+        ({"output_dir": str(tmp_path / "mine.txt")}, "is a file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            tiny.train.main(tiny.train.Args(**options))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 # --------------------------------------------------------------------------------------------------

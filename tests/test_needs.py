@@ -9,7 +9,7 @@ import fomaml
 import meta_lora
 from data import Encoded
 from model import World
-from run import check_space
+from run import Needs, check_space
 
 GB = 1e9
 LLAMA_1B = LlamaConfig(
@@ -25,7 +25,10 @@ QWEN2_7B = Qwen2Config(
     num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
 )  # fmt: skip
 LONGEST = {"row": Encoded([0] * 2048, 100)}  # MATH's longest rows under the default --max-length
-COMMAND = {"query_batch": 4, "inner_steps": 5, "eval_max_new_tokens": 512, "steps": 5000}
+COMMAND = {
+    "inner_optimizer": "sgd", "support_batch": 4, "query_batch": 4, "inner_steps": 5,
+    "eval_max_new_tokens": 512, "steps": 5000,
+}  # fmt: skip
 
 
 def gpus(size: int, replicas: int = 1) -> World:
@@ -64,6 +67,17 @@ def test_fomaml_what_does_not_fit():
     assert "--keep" in reason
 
 
+def test_disk_is_for_all_checkpoints(tmp_path):
+    """--keep of them, and the one that is being written."""
+    needs = Needs({}, {}, {"a": 1}, {"a": 1}, disk=10 * GB)
+    for free, fits in ((29, False), (31, True)):
+        have = {"device": GB, "host": GB, "disk": free * GB}
+        reasons = check_space(gpus(1), needs, str(tmp_path), kept=3, have=have)
+        assert (reasons == []) == fits, free
+    assert fomaml.kept(fomaml.Args(steps=100, save_every=40, keep=5)) == 4
+    assert fomaml.kept(fomaml.Args(steps=100, save_every=10, keep=5)) == 6
+
+
 def test_offloading_moves_bytes_from_the_gpu():
     """20 bytes a parameter; theta and the accumulator are 8 of them, one comes back as gradient."""
     n = sum(of_fomaml(QWEN3_4B, gpus(1)).device.values()) / 20
@@ -75,8 +89,28 @@ def test_offloading_moves_bytes_from_the_gpu():
     assert sum(everything.host.values()) == pytest.approx(24 * n)  # and the weights while loading
 
 
+def test_more_buffers():
+    """Two for an inner Adam, one where gradients are kept; shards share all of them."""
+    n = sum(of_fomaml(QWEN3_4B, gpus(1)).device.values()) / 20
+    for options, size in (
+        ({"inner_optimizer": "adam"}, 28),
+        ({"inner_clip": 1.0}, 24),
+        ({"micro_batch": 1}, 24),
+    ):
+        device = of_fomaml(QWEN3_4B, gpus(1), **options).device
+        assert sum(device.values()) == pytest.approx(size * n), options
+    for world, parts in ((gpus(4), 4), (gpus(4, replicas=2), 2)):
+        device = of_fomaml(QWEN3_4B, world).device
+        assert sum(device.values()) == pytest.approx(20 * n / parts)
+    plain = amft.needs(amft.with_defaults(amft.Args(method="rl")), QWEN3_4B, gpus(1), 100)
+    learned = amft.needs(amft.with_defaults(amft.Args()), QWEN3_4B, gpus(1), 100)
+    assert sum(plain.device.values()) == pytest.approx(20 * n)
+    assert sum(learned.device.values()) == pytest.approx(24 * n)  # D
+    assert plain.disk == pytest.approx(14 * n)  # fp32 weights and moments, the weights in bf16
+
+
 def test_meta_lora_needs_more_activations():
-    args = meta_lora.Args(activation_checkpointing=False)
+    args = meta_lora.Args(activation_checkpointing=False, support_batch=4, query_batch=4)
     needs = meta_lora.needs(args, QWEN3_4B, gpus(4), LONGEST)
     assert verdict(gpus(4), needs) != []  # four rows of 2,048 tokens at 52 hidden sizes a layer
     args.activation_checkpointing = True

@@ -11,7 +11,7 @@ import checker
 from data import Example, embedded_examples, load_tasks
 from tests import answers
 from tests.answers import expression
-from tiny.conventions import convention_rows
+from tiny.hidden_rules import ORDERS, cipher_rows, order_rows
 from tiny.problems import FAMILIES, ROLES
 
 WITH_PI = ("degrees_to_radians", "sector_area")
@@ -111,37 +111,59 @@ def test_embedded_splits():
     assert [t.name for t in by_subject if not t.heldout] == list(FAMILIES)
 
 
-def digits_of(row: dict) -> tuple[int, int]:
-    """The two digits that a hidden rule is asked about."""
-    a, b = re.findall(r"\d", row["problem"])
-    return int(a), int(b)
+def agreement(rows: list[dict], others: list[dict]) -> float:
+    """How often two rules give the same answer to the same question."""
+    pairs = list(zip(rows, others, strict=True))
+    assert all(a["problem"] == b["problem"] for a, b in pairs)
+    return sum(a["answer"] == b["answer"] for a, b in pairs) / len(pairs)
 
 
-def assert_operation(table: dict[tuple[int, int], str]) -> None:
-    """a o b = (pa + qb + s) mod 10, with p, q, s read off three rows."""
-    values = {digits: int(answer) for digits, answer in table.items()}
-    s = values[0, 0]
-    p, q = (values[1, 0] - s) % 10, (values[0, 1] - s) % 10
-    for (a, b), value in values.items():
-        assert value == (p * a + q * b + s) % 10, f"{a} o {b}"
+def test_ciphers():
+    """A digit has one code, whatever the other digit: the support rows tell it. Another cipher's
+    rows answer the same questions at chance."""
+    agree = 0.0
+    for i in range(30):
+        rows = cipher_rows(i)
+        table = {}
+        for row in rows:
+            a, b = re.findall(r"\d", row["problem"])
+            table[int(a), int(b)] = row["answer"]
+        assert len(table) == 100
+        assert sorted(table[d, d][0] for d in range(10)) == list("0123456789")
+        for (a, b), answer in table.items():
+            assert answer == table[a, a][0] + table[b, b][1], f"{a}{b}"
+        agree += agreement(rows, cipher_rows(i + 100)) / 30
+    assert agree < 0.05
 
 
-def assert_cipher(table: dict[tuple[int, int], str]) -> None:
-    """A digit has one code, whatever the other digit."""
-    assert sorted(table[d, d][0] for d in range(10)) == list("0123456789")
-    for (a, b), answer in table.items():
-        assert answer == table[a, a][0] + table[b, b][1], f"{a}{b}"
+def test_orders():
+    """Each of the 120 is another permutation of places, which one row tells."""
+    orders, agree = set(), 0.0
+    for i in range(ORDERS):
+        rows = order_rows(i)
+        found = set()
+        for row in rows:
+            (digits,) = re.findall(r"\d+", row["problem"])
+            assert len(set(digits)) == 5
+            found.add(tuple(digits.index(digit) for digit in row["answer"]))
+        assert len({row["problem"] for row in rows}) == 100
+        assert len(found) == 1, "several orders"
+        orders |= found
+        agree += agreement(rows, order_rows((i + 1) % ORDERS)) / ORDERS
+    assert len(orders) == 120
+    assert agree == 0
 
 
-def test_conventions():
-    """The rule can be read off the support rows and answers the query rows; another rule's rows
-    answer them at chance."""
-    for kind, assert_rule in (("operation", assert_operation), ("cipher", assert_cipher)):
-        agree = 0
-        for i in range(30):
-            rows = convention_rows(kind, i)
-            assert len({row["problem"] for row in rows}) == 100
-            assert_rule({digits_of(row): row["answer"] for row in rows})
-            other = convention_rows(kind, i + 100)
-            agree += sum(a["answer"] == b["answer"] for a, b in zip(rows, other, strict=True))
-        assert agree / 3000 < 0.2, kind
+@pytest.mark.parametrize("data,training", [("ciphers", 980), ("orders", 100)])
+def test_hidden_rules_as_tasks(data, training):
+    """Rows of support, query and test differ; the last 20 rules are held out; no test question is
+    ever trained on, whatever the rule."""
+    tasks = load_tasks(data)
+    assert [t.heldout for t in tasks] == [False] * training + [True] * 20
+    seen, tested = set(), set()
+    for t in tasks:
+        assert [len(rows) for rows in (t.support, t.query, t.test)] == [30, 40, 30]
+        seen |= {e.prompt for e in t.support + t.query}
+        tested |= {e.prompt for e in t.test}
+    assert len(seen) == 70
+    assert seen.isdisjoint(tested)

@@ -3,18 +3,22 @@ which file may import which."""
 
 import ast
 import importlib
+import math
 import os
 import random
 import signal
 import subprocess
 import time
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import amft
 import fomaml
 import meta_lora
+from run import Run
 from tests.helpers import (
     AMFT_RUN,
     ROOT,
@@ -35,6 +39,7 @@ SCRIPTS = {"fomaml": fomaml, "meta_lora": meta_lora, "amft": amft, "eval": evalu
 # A run that is cut off and goes on
 
 META_RUN = [
+    "--data", "embedded", "--shots", "0",
     "--steps", "6", "--save-every", "2", "--eval-every", "3", "--eval-problems", "4",
     "--eval-tasks", "2", "--eval-max-new-tokens", "4", "--inner-steps", "2",
     "--tasks-per-step", "2", "--support-batch", "2", "--query-batch", "2", "--gain-every", "2",
@@ -140,6 +145,31 @@ def test_non_finite_steps(tmp_path, small_model, capsys):
     assert run_here(fomaml, *settings) == 1
     assert "not finite in 5 steps" in capsys.readouterr().err
     assert [row["skipped_steps"] for row in logged(tmp_path / "r")] == [1, 2, 3, 4, 5]
+
+
+def test_skipped_steps_are_counted_in_a_row():
+    """A good step between two bad ones begins the count anew."""
+    passive = types.SimpleNamespace(state={"step": 0, "skipped": 0, "skipped_in_a_row": 0})
+    found = []
+    for values in ((1.0, math.nan), (1.0,), (math.inf,), (torch.tensor([0.0, math.nan]),), (0.0,)):
+        good = Run.finite(passive, *values)
+        found.append((good, passive.state["skipped"], passive.state["skipped_in_a_row"]))
+    bad = [(False, 1, 1), (True, 1, 0), (False, 2, 1), (False, 3, 2), (True, 3, 0)]
+    assert found == bad
+
+
+@pytest.mark.parametrize(
+    "every,steps", [(3, [0, 2, 3, 6, 7]), (0, [0, 2, 7]), (-1, []), (1, list(range(8)))]
+)
+def test_evaluations_that_are_due(every, steps):
+    """Before the first step, after the last and after the warm-up, whatever the period; once."""
+    passive = types.SimpleNamespace(
+        args=types.SimpleNamespace(eval_every=every), evaluations={}, last_step=7
+    )
+    assert [step for step in range(8) if Run.evaluation_due(passive, step, 2)] == steps
+    passive.evaluations = {0: {}, 7: {}}
+    assert not Run.evaluation_due(passive, 0)
+    assert not Run.evaluation_due(passive, 7)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ python -m tiny.train --vision       # then tiny_vision, which sees cards
 
 import itertools
 import json
+import math
 import random
 import shutil
 import sys
@@ -21,7 +22,16 @@ import torch
 from tqdm import tqdm
 
 from checker import grade
-from data import Encoded, Example, collate, embedded_examples, encode, template
+from data import (
+    DataError,
+    Encoded,
+    Example,
+    check_numbers,
+    collate,
+    embedded_examples,
+    encode,
+    template,
+)
 from games import games_of
 from games.play import demonstrate, play
 from model import (
@@ -34,7 +44,8 @@ from model import (
     token_loss,
 )
 from policy import sample
-from tiny.conventions import KINDS, convention_rows
+from sources import expanded
+from tiny.hidden_rules import cipher_rows
 from tiny.problems import FAMILIES, ROLES
 
 
@@ -70,6 +81,26 @@ class Args:
     not: what learning from rewards can find."""
 
 
+# Where the numbers must lie
+NUMBERS = {
+    "[1, 1e9]": ("steps", "batch_size", "game_steps", "vision_steps"),
+    "(0, 100]": ("lr",),
+    "(-9e18, 9e18)": ("seed",),
+}
+
+
+def check(args: Args) -> None:
+    """Raises DataError for arguments that cannot work, and where something would be lost."""
+    check_numbers(args, NUMBERS)
+    if not args.output_dir:
+        raise DataError("--output-dir must name a folder")
+    folder = expanded(args.output_dir)
+    if folder.is_file():
+        raise DataError(f"--output-dir {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise DataError(f"--output-dir {folder} holds other things than a model: name another")
+
+
 # --------------------------------------------------------------------------------------------------
 # What all of them use
 
@@ -99,6 +130,8 @@ def fit(model, batches: Iterator[dict], steps: int, lr: float, warmup: int = 100
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise ModelError(f"the loss of step {step + 1} is not finite: lower --lr")
         if step % 100 == 0:
             bar.set_postfix(loss=f"{mean(losses[-50:]):.4f}")
     return losses
@@ -133,7 +166,7 @@ def round_to_bf16(model) -> None:
 
 def store(args: Args, name: str, model, tokenizer) -> Path:
     """Writes an embedded model in bf16 to its place, or to --output-dir where one is given."""
-    folder = Path(args.output_dir)
+    folder = expanded(args.output_dir)
     if folder == EMBEDDED["tiny"]:
         folder = EMBEDDED[name]
     shutil.rmtree(folder, ignore_errors=True)
@@ -216,10 +249,11 @@ def tokenizer_texts(examples: Sequence[Example]) -> list[str]:
     texts = []
     for e in examples[::8]:
         texts += [e.prompt, e.response]
-    for kind in KINDS:
-        for rule in range(10):
-            for row in convention_rows(kind, rule):
-                texts += [row["problem"], row["solution"]]
+    for rule in range(10):
+        for row in cipher_rows(rule):
+            texts += [row["problem"], row["solution"]]
+    for a, b in itertools.product(range(10), repeat=2):
+        texts += [rf"${a} \circ {b}$", rf"\boxed{{{a}}}"] * 10
     return texts + GAME_TEXTS * 50
 
 
@@ -491,6 +525,7 @@ def make_vision(args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    check(args)
     if args.bare:
         make_bare(args)
     elif args.games:
@@ -506,6 +541,9 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Args))
-    except (ModelError, OSError) as e:
+    except (DataError, ModelError, OSError) as e:
         print(f"tiny.train: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("tiny.train: interrupted, nothing is written", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,290 @@
+"""Makes the runs of the few-shot study: python studies/few_shot/run.py
+
+Each run trains without evaluations; what it has learned is then measured once. A row for each
+measurement goes to results.jsonl beside this file; those that are there already are not made again,
+so that a call that was killed goes on where it was. plan.md says what is run and why.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+import tyro
+
+import fomaml
+import meta_lora
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = {"fomaml": fomaml, "meta_lora": meta_lora}
+STEPS = ("--steps", "100")
+TRAINED = (
+    "--eval-every", "-1", "--gain-every", "0", "--save-every", "1000", "--keep", "1",
+)  # fmt: skip
+MEASURED = (
+    "--eval-every", "0", "--eval-tasks", "20", "--eval-problems", "20",
+    "--eval-max-new-tokens", "12",
+)  # fmt: skip
+NO_PROMPT = ("--max-length", "64")  # 30 rows in the prompt do not fit: that is not measured
+SEARCH_RULES = ("--heldout-subjects", *(f"cipher-{i}" for i in range(960, 980)))
+
+NONE = ("--meta-gradient", "none")
+REPTILE = ("--meta-gradient", "reptile")
+JOINT = ("--meta-gradient", "joint", "--inner-steps", "1", "--tasks-per-step", "14")
+IN_CONTEXT = ("--meta-gradient", "in_context", "--query-batch", "5")
+
+
+@dataclass
+class Args:
+    """Make the runs of the study that results.jsonl does not hold yet."""
+
+    groups: tuple[str, ...] = ("search", "main", "default", "axes", "lora")
+    """Which, and in which order."""
+    seeds: tuple[int, ...] = (42, 43, 44)
+    """Of the main table and of the default run."""
+    only: tuple[str, ...] = ()
+    """Names of runs, of those groups; default: all."""
+    jobs: int = 1
+    """Runs at a time, each with one thread."""
+    runs: Path = Path("runs/few_shot")
+    """Where the runs' folders go; a run's folder is deleted once it is measured."""
+    results: Path = HERE / "results.jsonl"
+    """Where the rows go."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to make and to measure.
+
+    train: the flags of its training; none for the embedded model as it is. measures: (name, flags)
+    of each measurement. own: measured by the run itself, with its own inner loop; else the inner
+    loop is that of the measurement's flags.
+    """
+
+    group: str
+    name: str
+    seed: int
+    train: tuple[str, ...] | None
+    measures: tuple[tuple[str, tuple[str, ...]], ...] = (("", NO_PROMPT),)
+    own: bool = False
+    script: str = "fomaml"
+
+    def names(self) -> list[str]:
+        """Of the rows that it gives."""
+        return [self.name + label for label, _ in self.measures]
+
+
+# --------------------------------------------------------------------------------------------------
+# What is run. Rates without a search are the scripts' defaults.
+
+# What the rows of group search say
+JOINT_RATES = ("--outer-lr", "1e-3"), ("--inner-lr", "5e-3")
+NONE_RATE = ("--inner-lr", "5e-3")
+REPTILE_EPSILON = ("--reptile-epsilon", "1.0")
+IN_CONTEXT_RATE = ("--outer-lr", "2e-3")
+
+
+def search() -> list[Job]:
+    """Rates, on rules and with a seed that are not reported, in half the meta-steps."""
+    half = (*SEARCH_RULES, "--steps", "50")
+    plain = (*SEARCH_RULES, "--no-eval-curve")
+    adapted = [
+        (f", adapted at {rate}", (*plain, "--inner-lr", rate)) for rate in ("1e-3", "5e-3", "2e-2")
+    ]
+    jobs = [Job("search", "none", 7, None, tuple(adapted))]
+    for rate in ("1e-3", "3e-3"):
+        flags = (*half, *JOINT, "--outer-lr", rate)
+        jobs.append(Job("search", f"joint {rate}", 7, flags, tuple(adapted)))
+    for epsilon in ("1.0", "0.5"):
+        flags = (*half, *REPTILE, "--reptile-epsilon", epsilon)
+        jobs.append(Job("search", f"reptile {epsilon}", 7, flags, (("", plain),)))
+    for rate in ("2e-3", "5e-4"):
+        flags = (*half, *IN_CONTEXT, "--outer-lr", rate)
+        jobs.append(Job("search", f"in_context {rate}", 7, flags, (("", SEARCH_RULES),)))
+    return jobs
+
+
+def main_table(seeds: Sequence[int]) -> list[Job]:
+    """Every arm with every seed, seed after seed."""
+    jobs = []
+    for seed in seeds:
+        job = partial(Job, "main", seed=seed)
+        joint_outer, joint_inner = JOINT_RATES
+        jobs += [
+            job("none", train=None, measures=(("", NONE_RATE),)),
+            job("fomaml", train=()),
+            job(
+                "joint",
+                train=(*JOINT, *joint_outer),
+                measures=(("", (*NO_PROMPT, *joint_inner)),),
+            ),
+            job("reptile", train=(*REPTILE, *REPTILE_EPSILON)),
+            job("in_context", train=(*IN_CONTEXT, *IN_CONTEXT_RATE), measures=(("", ()),)),
+            job("fomaml, learned tensor", train=("--learn-inner-lr", "tensor"), own=True),
+            job("fomaml, learned scalar", train=("--learn-inner-lr", "scalar"), own=True),
+        ]
+    return jobs
+
+
+def default(seeds: Sequence[int]) -> list[Job]:
+    """fomaml.py as it is, with its own number of meta-steps."""
+    own = ("--steps", str(fomaml.Args.steps))
+    return [Job("default", "fomaml", seed, own) for seed in seeds]
+
+
+def axes() -> list[Job]:
+    """One seed each."""
+    job = partial(Job, "axes", seed=42)
+    jobs = []
+    for count in ("64", "16", "256", "4"):
+        jobs.append(job(f"{count} rules", train=("--training-tasks", count)))
+    orders = ("--data", "orders")
+    joint_outer, joint_inner = JOINT_RATES
+    for name, flags in (
+        ("orders, none", None),
+        ("orders, fomaml", orders),
+        ("orders, in_context", (*orders, *IN_CONTEXT, *IN_CONTEXT_RATE)),
+        ("orders, joint", (*orders, *JOINT, *joint_outer)),
+    ):
+        measure = (
+            orders if name in ("orders, none", "orders, in_context") else (*orders, *NO_PROMPT)
+        )
+        jobs.append(job(name, train=flags, measures=(("", measure),)))
+    for shots in ("10", "5"):
+        rows = ("--shots", shots, "--support-batch", shots)
+        jobs.append(job(f"{shots} rows", train=rows, measures=(("", (*rows, *NO_PROMPT)),)))
+    low = ("--inner-lr", "5e-4")
+    jobs.append(job("rate 5e-4", train=low, own=True))
+    jobs.append(job("rate 5e-4, learned", train=(*low, "--learn-inner-lr", "tensor"), own=True))
+    rows = ("--shots", "60", "--support-batch", "60", "--support-ratio", "0.6")
+    rows += ("--query-ratio", "0.2")
+    jobs.append(job("60 rows", train=rows, measures=(("", (*rows, *NO_PROMPT)),)))
+    return jobs
+
+
+def lora() -> list[Job]:
+    """MeTA-LoRA's own arms, at its defaults, with one seed."""
+    jobs = []
+    for method in ("fomaml", "joint", "reptile", "none"):
+        flags = ("--meta-gradient", method)
+        jobs.append(Job("lora", method, 42, flags, own=True, script="meta_lora"))
+    return jobs
+
+
+# --------------------------------------------------------------------------------------------------
+# Making them
+
+
+def call(script: str, flags: Sequence, log: Path) -> float:
+    """Seconds of a script's command line in this process. Raises RuntimeError where it fails."""
+    began, argv = time.time(), sys.argv
+    sys.argv = [f"{script}.py", *map(str, flags)]
+    try:
+        with open(log, "a") as f, redirect_stdout(f), redirect_stderr(f):
+            status = SCRIPTS[script].cli()
+    finally:
+        sys.argv = argv
+    if status:
+        raise RuntimeError(f"{' '.join(map(str, flags))}: exit status {status}, see {log}")
+    return time.time() - began
+
+
+def rows_of(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def make(job: Job, runs: Path) -> list[dict]:
+    """The rows of a run's measurements."""
+    torch.set_num_threads(1)
+    folder = runs / f"{job.group}-{job.name.replace(' ', '-').replace(',', '')}-{job.seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    log, trained, seed = folder / "log.txt", folder / "trained", ("--seed", job.seed)
+    training, model = {}, "tiny"
+    if job.train is not None:
+        flags = (*STEPS, *job.train, *TRAINED, *seed, "--output-dir", trained)
+        seconds = call(job.script, flags, log)
+        steps = rows_of(trained / "metrics.jsonl")
+        training = {
+            "seconds": seconds,
+            "tokens": sum(row["tokens_per_second"] * row["seconds"] for row in steps),
+            "steps": len(steps),
+            "losses": [round(row["meta/loss"], 4) for row in steps],
+        }
+        if "inner_lr/lowest" in (steps or [{}])[-1]:
+            last = steps[-1]
+            training["inner_lr"] = [last["inner_lr/lowest"], last["inner_lr/highest"]]
+        model = trained / "checkpoint"
+    rows = []
+    for i, (label, flags) in enumerate(job.measures):
+        if job.own:
+            where = trained
+            flags = (*STEPS, *job.train, *TRAINED, *MEASURED, *flags, *seed, "--resume")
+            flags = without_length(flags)
+        else:
+            where = folder / f"measured-{i}"
+            flags = ("--model", model, *NONE, *MEASURED, *flags, *seed)
+        seconds = call(job.script, (*flags, "--output-dir", where), log)
+        result = rows_of(where / "evaluations.jsonl")[-1]
+        row = {"group": job.group, "name": job.name + label, "seed": job.seed}
+        row |= {"script": job.script, "train": job.train, "measure": flags, "training": training}
+        row |= {"seconds": seconds, "mean": result["mean"], "tasks": result["tasks"]}
+        row |= {"torch": torch.__version__, "python": platform.python_version()}
+        row["date"] = time.strftime("%Y-%m-%d %H:%M")
+        rows.append(json.loads(json.dumps(row, default=str)))
+    shutil.rmtree(folder)
+    return rows
+
+
+def without_length(flags: Sequence) -> tuple:
+    """Without NO_PROMPT: a run must be resumed with the --max-length that it was trained with."""
+    at = list(flags).index("--max-length") if "--max-length" in flags else None
+    return tuple(flags) if at is None else (*flags[:at], *flags[at + 2 :])
+
+
+def main(args: Args) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    done = {(row["group"], row["name"], row["seed"]) for row in rows_of(args.results)}
+    groups = {"search": search, "axes": axes, "lora": lora}
+    groups |= {"main": partial(main_table, args.seeds), "default": partial(default, args.seeds)}
+    jobs = []
+    for group in args.groups:
+        for job in groups[group]():
+            made = all((job.group, name, job.seed) in done for name in job.names())
+            if not made and (not args.only or job.name in args.only):
+                jobs.append(job)
+    print(f"{len(jobs)} runs to make", flush=True)
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(make, job, args.runs): job for job in jobs}
+        for future in as_completed(waiting):
+            job = waiting[future]
+            try:
+                rows = future.result()
+            except RuntimeError as e:
+                print(f"{job.group}/{job.name}/{job.seed}: {e}", flush=True)
+                continue
+            with open(args.results, "a") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+            for row in rows:
+                numbers = {k: round(v, 3) for k, v in row["mean"].items()}
+                seconds = row["training"].get("seconds", 0)
+                print(f"{row['group']}/{row['name']}/{row['seed']}: {numbers} {seconds:.0f} s")
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
