@@ -293,6 +293,8 @@ class Args:
     if the run could not finish."""
     wandb: bool = False
     """Log to Weights & Biases as well (pip install wandb; WANDB_MODE=offline works)."""
+    push_to_hub: str | None = None
+    """Upload the last checkpoint to this repository of the hub (after hf auth login)."""
 
     # Machine
     replicas: int = 1
@@ -314,9 +316,9 @@ class Args:
 
 # What may differ when a run is resumed: it does not change the mathematics.
 FREE = {
-    "resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "show", "replicas",
-    "micro_batch", "generation_batch", "activation_checkpointing", "cpu_offload", "compile",
-    "dry_run", "steps",  # the learning rate is constant; what defaults to a share of it is fixed
+    "resume", "output_dir", "wandb", "push_to_hub", "save_every", "keep", "eval_every", "show",
+    "replicas", "micro_batch", "generation_batch", "activation_checkpointing", "cpu_offload",
+    "compile", "dry_run", "steps",  # the learning rate is constant
 }  # fmt: skip
 
 

@@ -165,9 +165,9 @@ class Args:
     """Rows of the query loss."""
     tasks_per_step: int = 4
     """T, the meta-batch, over all replicas."""
-    steps: int = 150
+    steps: int = 120
     """Meta-steps."""
-    outer_lr: float = 2e-3
+    outer_lr: float = 1.5e-3
     """Peak learning rate of AdamW on theta (reference setting for 4B models: 3e-5)."""
     warmup_ratio: float = 0.1
     """Share of the steps with rising learning rate; cosine to zero after it."""
@@ -181,7 +181,7 @@ class Args:
     """Reptile's step towards the adapted weights (its schedule is the learning rate's)."""
 
     # Evaluation, logging, checkpoints
-    eval_every: int = 75
+    eval_every: int = 60
     """Meta-steps between evaluations; also before the first and after the last. 0: only those two;
     -1: none."""
     eval_problems: int = 20
@@ -195,7 +195,7 @@ class Args:
     support rows in the prompt instead: K times as long, and long prompts."""
     gain_every: int = 10
     """Steps between measurements of the query loss before adaptation (one more forward a task)."""
-    save_every: int = 75
+    save_every: int = 60
     """Meta-steps between checkpoints; also at the end and on Ctrl-C or SIGTERM."""
     keep: int = 5
     """Checkpoints kept."""
@@ -206,6 +206,8 @@ class Args:
     if the run could not finish."""
     wandb: bool = False
     """Log to Weights & Biases as well (pip install wandb; WANDB_MODE=offline works)."""
+    push_to_hub: str | None = None
+    """Upload the last checkpoint to this repository of the hub (after hf auth login)."""
 
     # Machine
     replicas: int = 1
@@ -227,9 +229,10 @@ class Args:
 
 # What may differ when a run is resumed: it does not change the mathematics.
 FREE = {
-    "resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "eval_problems",
-    "eval_tasks", "eval_max_new_tokens", "eval_curve", "gain_every", "replicas", "micro_batch",
-    "activation_checkpointing", "offload_theta", "cpu_offload", "compile", "dry_run",
+    "resume", "output_dir", "wandb", "push_to_hub", "save_every", "keep", "eval_every",
+    "eval_problems", "eval_tasks", "eval_max_new_tokens", "eval_curve", "gain_every", "replicas",
+    "micro_batch", "activation_checkpointing", "offload_theta", "cpu_offload", "compile",
+    "dry_run",
 }  # fmt: skip
 
 

@@ -210,6 +210,8 @@ class Args:
     if the run could not finish."""
     wandb: bool = False
     """Log to Weights & Biases as well (pip install wandb; WANDB_MODE=offline works)."""
+    push_to_hub: str | None = None
+    """Upload the last checkpoint to this repository of the hub (after hf auth login)."""
 
     # Machine
     activation_checkpointing: bool = False
@@ -225,9 +227,9 @@ class Args:
 
 # What may differ when a run is resumed: it does not change the mathematics.
 FREE = {
-    "resume", "output_dir", "wandb", "save_every", "keep", "eval_every", "eval_problems",
-    "eval_tasks", "eval_max_new_tokens", "eval_curve", "gain_every", "tasks_per_forward",
-    "activation_checkpointing", "dry_run", "merge",
+    "resume", "output_dir", "wandb", "push_to_hub", "save_every", "keep", "eval_every",
+    "eval_problems", "eval_tasks", "eval_max_new_tokens", "eval_curve", "gain_every",
+    "tasks_per_forward", "activation_checkpointing", "dry_run", "merge",
 }  # fmt: skip
 
 

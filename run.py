@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+from card import HubError, check_hub, model_card, push_to_hub
 from model import (
     EMBEDDED,
     ModelError,
@@ -452,13 +453,20 @@ class Run:
             extra = self.state | self.own_state
             link = self.folder / "checkpoint"
             try:
-                save_checkpoint(link, self.checkpoint.write, extra, self.args.keep)
+                save_checkpoint(link, self._write, extra, self.args.keep)
             except CHECKPOINT_ERRORS as e:  # a full disk is an error of many classes
                 good = checkpoints(self.folder)[-1:] or ["none"]
                 raise ModelError(
                     f"cannot write a checkpoint: {checkpoint_reason(e)}. Last good one: {good[0]}"
                 ) from None
             self.saved_at = self.state["step"]
+
+    def _write(self, folder: Path) -> None:
+        self.checkpoint.write(folder)
+        if self.world.rank == 0:
+            adapter = (folder / "adapter_config.json").exists()
+            text = model_card(self.folder, self.project, self.state["step"], adapter)
+            (folder / "README.md").write_text(text, encoding="utf-8")
 
     @property
     def completed(self) -> bool:
@@ -488,6 +496,9 @@ class Run:
                 plots.figure([self.folder], self.folder / picture)
                 line += f"; picture: {self.folder / picture}"
             self.world.say(line + files)
+            if self.args.push_to_hub:
+                address = push_to_hub(self.folder / "checkpoint", self.args.push_to_hub)
+                self.world.say(f"uploaded to {address}")
         return 0
 
 
@@ -645,9 +656,11 @@ def start(script: str, args, check: Callable, examine: Callable, main: Callable)
         check(args, int(os.environ.get("WORLD_SIZE", 1)))
         if args.wandb and importlib.util.find_spec("wandb") is None:
             raise DataError("--wandb needs the package: pip install wandb")
+        if args.push_to_hub and rank == 0:
+            check_hub()
         world = setup(args.replicas)
         return dry_run(args, world, examine) if args.dry_run else main(args, world)
-    except (DataError, ModelError, OSError) as e:
+    except (DataError, ModelError, HubError, OSError) as e:
         if rank == 0:
             print(f"{script}: {e}", file=sys.stderr, flush=True)
         else:
