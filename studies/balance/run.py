@@ -139,7 +139,7 @@ def make(job: Job, runs: Path) -> dict:
         conditions.main(conditions.Args(folder, job.seed, (job.condition,)))
         steps = STEPS.get(job.condition, 40)
         flags = ARMS[job.arm]
-        flags = flags(steps) if callable(flags) else flags
+        flags = own = flags(steps) if callable(flags) else flags
         if job.condition == "D" and job.arm not in ("luffy", "srft", "hpt"):
             flags += ("--sft-data", str(folder / "D-sft"))
         flags = (
@@ -157,7 +157,7 @@ def make(job: Job, runs: Path) -> dict:
         raise RuntimeError(f"exit status {status}, see {folder / 'log.txt'}")
     metrics = rows_of(folder / "run" / "metrics.jsonl")
     right = solved(folder / "run" / "checkpoint", folder / job.condition / "test.jsonl")
-    row = {**job._asdict(), "flags": [str(flag) for flag in flags[:-2]], "right": right}
+    row = {**job._asdict(), "flags": own, "right": right}
     row["mu"] = [round(step["mu"], 3) for step in metrics]
     for name in ("grad_mu", "grad_mu_snr", "grad_mu_snr_window", "reward/mean"):
         row[name] = [float(f"{step[name]:.3g}") for step in metrics if name in step]

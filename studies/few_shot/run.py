@@ -90,7 +90,7 @@ class Job:
 # What is run. Rates without a search are the scripts' defaults.
 
 # What the rows of group search say
-JOINT_RATES = ("--outer-lr", "1e-3"), ("--inner-lr", "5e-3")
+JOINT_RATES = ("--outer-lr", "1e-3"), ("--inner-lr", "1e-3")
 NONE_RATE = ("--inner-lr", "5e-3")
 REPTILE_EPSILON = ("--reptile-epsilon", "1.0")
 IN_CONTEXT_RATE = ("--outer-lr", "2e-3")
@@ -128,7 +128,10 @@ def main_table(seeds: Sequence[int]) -> list[Job]:
             job(
                 "joint",
                 train=(*JOINT, *joint_outer),
-                measures=(("", (*NO_PROMPT, *joint_inner)),),
+                measures=(
+                    ("", (*NO_PROMPT, *joint_inner)),
+                    (", adapted at 5e-3", (*NO_PROMPT, "--inner-lr", "5e-3")),
+                ),
             ),
             job("reptile", train=(*REPTILE, *REPTILE_EPSILON)),
             job("in_context", train=(*IN_CONTEXT, *IN_CONTEXT_RATE), measures=(("", ()),)),
