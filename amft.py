@@ -59,6 +59,7 @@ from data import DataError, check_numbers
 from games import games_of
 from games.play import Actor, Trajectory, Turn, demonstrate
 from games.problems import load_demonstrations, load_problems
+from lora import AdapterCheckpoint, Adapters, adapter_size, check_targets, write_merged
 from measure import (
     play_tests,
     rollout_metrics,
@@ -83,6 +84,7 @@ from model import (
     logit_bytes,
     materialize,
     parameter_count,
+    resolve,
     set_gradients,
     skeleton,
     trained_parameters,
@@ -174,7 +176,7 @@ class Args:
     --vision."""
     lr: float | None = None
     """alpha, AdamW (paper's code: 1e-6 for 7B models). Default: 3e-5; with --vision 1e-4, since
-    tiny_vision is still learning to read."""
+    tiny_vision is still learning to read; 3e-4 with --lora-r."""
     lr_warmup: int = 5
     """Steps of linearly rising learning rate; constant after it."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -272,6 +274,20 @@ class Args:
     hpt_sft: float = 1.0
     """hpt: weight of such demonstrations (0.3 for the 1.5B model)."""
 
+    # LoRA (0: all weights are trained)
+    lora_r: int = 0
+    """Rank of LoRA adapters (arXiv 2106.09685) that are trained in place of the weights; 0 for
+    none. Checkpoints are then in PEFT's format."""
+    lora_alpha: float = 32
+    """Scale: alpha / r."""
+    target_modules: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    """Linear layers with an adapter, by the last part of their names."""
+    merge: bool = False
+    """At the end also write the base with the adapter merged into its weights (Hugging Face format)
+    to merged/ of the run folder."""
+
     # Evaluation, logging, checkpoints
     eval_every: int = 20
     """Steps between evaluations; also before the first, after the warm-up and after the last. 0:
@@ -318,7 +334,7 @@ class Args:
 FREE = {
     "resume", "output_dir", "wandb", "push_to_hub", "save_every", "keep", "eval_every", "show",
     "replicas", "micro_batch", "generation_batch", "activation_checkpointing", "cpu_offload",
-    "compile", "dry_run", "steps",  # the learning rate is constant
+    "compile", "dry_run", "merge", "steps",  # the learning rate is constant
 }  # fmt: skip
 
 
@@ -331,7 +347,7 @@ def with_defaults(args: Args) -> Args:
         "general_points": {"model": games_model, "steps": 70, "prompts_per_step": 8, "samples": 8},
         "virl": {"model": games_model, "steps": 30, "prompts_per_step": 4, "samples": 4},
     }
-    defaults = by_task[args.task] | {"lr": 3e-5}
+    defaults = by_task[args.task] | {"lr": 3e-4 if args.lora_r else 3e-5}
     defaults["eval_problems"] = 140 if args.task == "math" else games_episodes
     args = _filled(args, {"steps": by_task[args.task]["steps"]})
     defaults["warmup_steps"] = {"amft": 5, "sft_then_rl": args.steps // 2}.get(args.method, 0)
@@ -773,8 +789,9 @@ class PolicyLearner:
         self.args, self.policy, self.optimizer = args, policy, optimizer
         self.filler = filler or Turn([pad_id], [pad_id], [0.0], True, "", 0.0)
         self.world, self.pad_id, self.method = world, pad_id, METHODS[args.method]
-        self.params = trained_parameters(policy)
+        self.params = [p for _, p in trained_weights(policy)]
         self.local_params = [local(p) for p in self.params]
+        self.replicated = policy.adapters is not None  # each rank holds all that is trained
 
     def batches(self, rows: list[Row]) -> list[dict]:
         """This rank's micro-batches, sorted by length, as many as the rank with most rows needs.
@@ -802,8 +819,9 @@ class PolicyLearner:
         """One pass; returns sums over this rank's rows: the weighted losses and, of samples, more.
 
         The tokens' weights make a sum a mean over all ranks; FSDP2 averages over the shard group,
-        hence x shards.
+        hence x shards. Gradients of adapters are of this rank's rows alone; see sum_over_ranks.
         """
+        shards = 1 if self.replicated else self.world.shards
         sums = dict.fromkeys(("rl", "sft", "value", "entropy", "tokens", "clipped", "kl"), 0.0)
         learning, silent = self.split_silent(work)
         use = partial(add_to_targets, work.targets)
@@ -819,7 +837,7 @@ class PolicyLearner:
                         sums[name] = sums.get(name, 0.0) + mean.item()
                 if learns:
                     with each_gradient(self.params, use):
-                        (loss * self.world.shards).backward()
+                        (loss * shards).backward()
                 self.measure(t, work, sums)
         return sums
 
@@ -889,10 +907,17 @@ class PolicyLearner:
         """A gradient-sized buffer."""
         return flat_like(self.local_params)
 
+    def sum_over_ranks(self, gradient: list[torch.Tensor]) -> None:
+        """Adds up what backward has left out: other replicas, or with adapters all other ranks."""
+        if self.replicated:
+            dist.all_reduce(gradient[0]._base)
+        else:
+            self.world.sum_over_replicas(gradient)
+
     def dot(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
         """Inner product over all shards, in float64. Collective."""
         product = sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True))
-        if self.world.shards > 1:
+        if self.world.shards > 1 and not self.replicated:
             dist.all_reduce(product, group=self.world.mesh.get_group("shard"))
         return product.item()
 
@@ -937,7 +962,7 @@ class PolicyLearner:
                     sums[name] = sums.get(name, 0.0) + value
             for buffer in (G, D, *(halves or ())):
                 if buffer is not None:
-                    world.sum_over_replicas(buffer)
+                    self.sum_over_ranks(buffer)
             norm, taken = self.take_step(G, schedule)
             if not taken:
                 break
@@ -994,10 +1019,19 @@ class PolicyLearner:
                         rows += [Row(t, [a] * len(t.ids), 1 / count) for t in trajectory.turns]
             gradient = self.zeros()
             self.backward(Pass(rows, {"utility": (utility_loss, 1.0)}, [(gradient, 1.0)]))
-            self.world.sum_over_replicas(gradient)
+            self.sum_over_ranks(gradient)
             halves.append(-self.dot(gradient, derivative))
         mean, noise = sum(halves) / 2, abs(halves[0] - halves[1]) / 2
         return mean, abs(mean) / max(noise, 1e-30)
+
+
+def trained_weights(policy: Policy) -> list[tuple[str, torch.nn.Parameter]]:
+    """What is trained, by name: the adapters and the value head, or all weights."""
+    if policy.adapters is None:
+        kept = {id(p) for p in trained_parameters(policy)}
+        return [(name, p) for name, p in policy.named_parameters() if id(p) in kept]
+    of_adapters = [(f"phi.{i}", p) for i, p in enumerate(policy.adapters.phi)]
+    return of_adapters + [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
 
 
 def add_to_targets(targets, i: int, gradient: torch.Tensor) -> None:
@@ -1214,7 +1248,10 @@ NUMBERS = {
         "save_every", "keep", "max_length", "replicas", "micro_batch", "generation_batch",
         "chord_steps", "lr_warmup",
     ),
-    "[0, 1e9]": ("warmup_steps", "chord_warmup", "hpt_gate", "show", "dynamic_sampling"),
+    "[0, 1e9]": (
+        "warmup_steps", "chord_warmup", "hpt_gate", "show", "dynamic_sampling", "lora_r",
+    ),
+    "(0, 1e6]": ("lora_alpha",),
     "[-1, 1e9]": ("eval_every",),
     "(0, 100]": ("lr", "warmup_lr", "value_lr"),
     "(0, inf)": ("clip", "clip_ratio", "clip_ratio_high", "luffy_gamma"),
@@ -1294,6 +1331,10 @@ def check(args: Args, ranks: int) -> None:
         )
     if args.reward and args.task != "math":
         raise DataError(f"--reward is for --task math: {args.task} has the reward of its rules")
+    if args.lora_r and (args.cpu_offload or args.compile):
+        raise DataError("--lora-r goes with neither --cpu-offload nor --compile")
+    if args.merge and not args.lora_r:
+        raise DataError("--merge is for adapters: give --lora-r")
     check_ignored(args)
     if method.rl_loss is not ppo_loss and args.advantage != "grpo":
         raise DataError(
@@ -1381,6 +1422,9 @@ def longest_row(args: Args, config, tokenizer, processor, train) -> int:
         for turn in demonstrate(tokenizer, train, seed, processor).turns:
             longest = max(longest, len(turn.prompt) + max(len(turn.ids), args.max_new_tokens))
     check_positions(config, longest, "--max-new-tokens or --max-length")
+    if args.lora_r:
+        base = skeleton(config, trust_remote_code=args.trust_remote_code)
+        check_targets(base, args.target_modules)
     return longest
 
 
@@ -1399,8 +1443,12 @@ def examine(args: Args, world: World) -> list[str]:
 def needs(args: Args, config, world: World, longest: int) -> Needs:
     """Bytes on each rank: weights, Adam's moments, G (and D), and what a batch or rollout takes."""
     n, cuda = parameter_count(config, args.trust_remote_code), world.device.type == "cuda"
-    width, shard = 2 if cuda else 4, 4 * n / world.shards
-    device, host = {"weights": shard, "Adam": 2 * shard, "G and its clipped copy": 2 * shard}, {}
+    width, shard, device, host = 2 if cuda else 4, 4 * n / world.shards, {}, {}
+    if args.lora_r:  # of the frozen base a shard; of the adapters all, on every rank
+        base = skeleton(config, trust_remote_code=args.trust_remote_code)
+        device["frozen weights"] = width * n / world.shards
+        shard = 4 * adapter_size(base, args.lora_r, args.target_modules)
+    device |= {"weights": shard, "Adam": 2 * shard, "G and its clipped copy": 2 * shard}
     if METHODS[args.method].learns_mu != "no":
         device["D"] = shard
     if METHODS[args.method].learns_mu == "by_noise":
@@ -1415,14 +1463,16 @@ def needs(args: Args, config, world: World, longest: int) -> Needs:
         device,
         host,
         training={
-            "activations": activation_bytes(config, at_once, width, args.activation_checkpointing),
+            "activations": activation_bytes(
+                config, at_once, width, args.activation_checkpointing, adapters=args.lora_r > 0
+            ),
             "logits": logit_bytes(config, at_once, width),
         },
         evaluation={
             "gathered weights": width * n if cuda or world.shards > 1 else 0,
             "cache of rollouts": cache_bytes(config, rows * longest, width),
         },
-        disk=(12 + width) * n,
+        disk=3 * shard if args.lora_r else (12 + width) * n,
     )
 
 
@@ -1430,23 +1480,30 @@ def needs(args: Args, config, world: World, longest: int) -> Needs:
 
 
 def build(args: Args, config, world: World) -> Policy:
-    """The sharded policy with its weights: fp32 master weights, bf16 compute on GPUs."""
+    """The sharded policy with its weights: fp32 master weights, bf16 compute on GPUs.
+
+    With --lora-r the weights are frozen (bf16 on GPUs), and policy.adapters are what is trained.
+    """
     value_head, source = args.advantage == "gae", None
+    cuda = world.device.type == "cuda"
+    dtype = torch.bfloat16 if cuda and args.lora_r else torch.float32
     if world.rank == 0:
-        lm = load_weights(args.model, trust_remote_code=args.trust_remote_code)
+        lm = load_weights(args.model, dtype, trust_remote_code=args.trust_remote_code)
         source = Policy(lm, value_head)
         if value_head:
             torch.nn.init.zeros_(source.value.weight)
             torch.nn.init.zeros_(source.value.bias)
-    policy = Policy(skeleton(config, trust_remote_code=args.trust_remote_code), value_head)
+    lm = skeleton(config, dtype, trust_remote_code=args.trust_remote_code)
+    lm.requires_grad_(not args.lora_r)
+    policy = Policy(lm, value_head)
     if args.activation_checkpointing:
         policy.lm.activation_checkpointing_enable({"use_reentrant": False})
     blocks = layers_to_shard(policy.lm)
     if args.compile:
         for block in blocks:
             block.compile()
-    cuda = world.device.type == "cuda"
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    beside = set(policy.value.parameters()) if value_head and args.lora_r else set()
     if cuda or world.shards > 1:  # one CPU rank has nothing to shard or cast
         for module in (*blocks, policy):
             fully_shard(
@@ -1454,16 +1511,29 @@ def build(args: Args, config, world: World) -> Policy:
                 mesh=world.mesh["shard"],
                 mp_policy=bf16 if cuda else MixedPrecisionPolicy(),
                 offload_policy=CPUOffloadPolicy() if args.cpu_offload else OffloadPolicy(),
+                ignored_params=beside,
             )
     materialize(policy, source, torch.device("cpu") if args.cpu_offload else world.device)
     turn_off_dropout(policy)
     check_head(policy, world)
+    if args.lora_r:
+        policy.adapters = Adapters(
+            policy.lm,
+            r=args.lora_r,
+            alpha=args.lora_alpha,
+            dropout=0.0,
+            target_modules=args.target_modules,
+            rank_stabilised=False,
+            seed=args.seed,
+            device=world.device,
+        )
+        policy.adapters.train_phi()
     return policy.train()
 
 
 def adamw(args: Args, policy: Policy) -> torch.optim.AdamW:
     """The value head has a learning rate of its own; "peak" is what the schedule multiplies."""
-    named = list(policy.named_parameters())
+    named = trained_weights(policy)
     head = [p for name, p in named if name.startswith("value.")]
     rest = [p for name, p in named if not name.startswith("value.")]
     groups = [{"params": rest, "lr": args.lr, "peak": args.lr}]
@@ -1571,7 +1641,11 @@ def main(args: Args, world: World) -> int:
     filler = demonstrate(tokenizer, train, 0, processor).turns[0]
     learner = PolicyLearner(args, policy, optimizer, world, tokenizer.pad_token_id, filler)
     controller = Controller(args, method.learns_mu)
-    checkpoint = ModelCheckpoint(policy, processor or tokenizer, optimizer, policy.lm)
+    if args.lora_r:
+        beside = [p for name, p in trained_weights(policy) if name.startswith("value.")]
+        checkpoint = AdapterCheckpoint(policy.adapters, optimizer, resolve(args.model), beside)
+    else:
+        checkpoint = ModelCheckpoint(policy, processor or tokenizer, optimizer, policy.lm)
     size = sum(p.numel() for p in learner.params)
     run.start(checkpoint, f"{size / 1e6:.1f}M parameters", controller.state)
     actor = Actor(
@@ -1670,6 +1744,10 @@ def main(args: Args, world: World) -> int:
         run.warn(rollout_warnings(metrics, args.max_new_tokens))
         run.finite(metrics["grad_norm"])
         run.log(step, metrics)
+    if args.merge and run.completed:
+        dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+        readers = processor or tokenizer
+        write_merged(run.folder / "merged", policy.lm, policy.adapters, readers, dtype)
     return run.finish(tests_table, "dynamics.png", f"; responses: {run.folder / 'samples.jsonl'}")
 
 

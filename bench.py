@@ -36,7 +36,7 @@ import torch.distributed as dist
 import tyro
 
 import policy
-from data import Encoded, Episode, Example, collate
+from data import Encoded, Episode, Example, check_numbers, collate
 from model import World, gathered, load_config, load_weights, set_gradients, token_loss
 
 HERE = Path(__file__).resolve().parent
@@ -65,6 +65,10 @@ class Args:
     """Write the rows of the pairs here as well."""
     worker: str | None = None
     """(For the child processes.)"""
+
+
+# Where the numbers must lie
+NUMBERS = {"[1, 1e6]": ("repeats",), "[0, 1e6]": ("warmup",)}
 
 
 class Pair(NamedTuple):
@@ -952,6 +956,7 @@ HEAD = (
 def main(args: Args) -> int:
     if args.worker:
         work(args.worker, args.model, args.device)
+    check_numbers(args, NUMBERS)
     load_config(args.model)  # a wrong name is said before anything is timed
     if args.device == "cuda" and not torch.cuda.is_available():
         print("bench.py: --device cuda, but there is no GPU", file=sys.stderr)

@@ -167,7 +167,7 @@ class Args:
     """T, the meta-batch, over all replicas."""
     steps: int = 120
     """Meta-steps."""
-    outer_lr: float = 1.5e-3
+    outer_lr: float = 1e-3
     """Peak learning rate of AdamW on theta (reference setting for 4B models: 3e-5)."""
     warmup_ratio: float = 0.1
     """Share of the steps with rising learning rate; cosine to zero after it."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import full_weights, save_pretrained
+from model import ModelError, full_weights, save_pretrained
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -47,7 +47,8 @@ class Adapters:
     phi: the shared adapter, a list A [r, d_in], B [d_out, r] by layer. stack: the same for T tasks,
     leaves [T, r, d_in], [T, d_out, r]. A forward adds scale * B_t (A_t x) to the output of each
     target layer for the rows of task t; a batch holds the same number of rows for every task,
-    ordered by task. training: whether dropout is on.
+    ordered by task. training: whether dropout is on. Where phi itself is trained (train_phi), it is
+    the adapter of all rows.
     """
 
     def __init__(
@@ -78,6 +79,10 @@ class Adapters:
             self.phi += [A.to(device), B.to(device)]
             layer.register_forward_hook(functools.partial(self._add, i))
 
+    def train_phi(self) -> None:
+        """phi becomes leaves with gradients, used as they are."""
+        self.stack = self.phi = [p.requires_grad_() for p in self.phi]
+
     def start(self, tasks: int) -> None:
         """phi_i <- phi for `tasks` tasks."""
         self.stack = [p.expand(tasks, *p.shape).clone().requires_grad_() for p in self.phi]
@@ -92,6 +97,8 @@ class Adapters:
 
     def _add(self, i: int, layer, inputs, output):
         x, (A, B) = inputs[0], self.stack[2 * i : 2 * i + 2]
+        if A.dim() == 2:
+            A, B = A[None], B[None]
         x = dropout(x, self.dropout if self.training else 0.0)
         x = x.reshape(len(A), -1, x.shape[-1])  # [T, rows x L, d_in]
         # In x's dtype: autograd keeps x anyway, but not a copy of it in fp32
@@ -99,6 +106,24 @@ class Adapters:
         y = output.reshape(len(B), -1, output.shape[-1]).to(B.dtype)
         y = torch.baddbmm(y, low, B.transpose(1, 2), alpha=self.scale)
         return y.view(output.shape).to(output.dtype)
+
+
+def check_targets(model, target_modules: Sequence[str]) -> None:
+    """Raises ModelError where the model has no such layers."""
+    names = {name.split(".")[-1] for name in linear_layers(model)}
+    if not target_modules:
+        raise ModelError("--target-modules: name at least one")
+    if unknown := [t for t in target_modules if t not in names]:
+        raise ModelError(
+            f"--target-modules {' '.join(unknown)}: the model has no such linear layer; it has "
+            f"{', '.join(sorted(names))}"
+        )
+
+
+def adapter_size(model, r: int, target_modules: Sequence[str]) -> int:
+    """Parameters of an adapter of rank r."""
+    targets = [m for n, m in linear_layers(model).items() if n.split(".")[-1] in target_modules]
+    return sum(r * (m.in_features + m.out_features) for m in targets)
 
 
 def write_adapter(folder: Path, adapters: Adapters, base_model: str) -> None:
@@ -139,21 +164,28 @@ def write_merged(folder: Path, model, adapters: Adapters, tokenizer, dtype: torc
 
 
 class AdapterCheckpoint:
-    """phi in PEFT's format, and with the optimizer in state/ to resume."""
+    """phi in PEFT's format, and with the optimizer in state/ to resume.
 
-    def __init__(self, adapters: Adapters, optimizer, base_model: str):
+    beside: further parameters that are trained, in state/ alone.
+    """
+
+    def __init__(self, adapters: Adapters, optimizer, base_model: str, beside=()):
         self.adapters, self.optimizer, self.base_model = adapters, optimizer, base_model
+        self.beside = list(beside)
 
     def write(self, folder: Path) -> None:
         if dist.get_rank() == 0:
             write_adapter(folder, self.adapters, self.base_model)
-            state = {"phi": self.adapters.phi, "optimizer": self.optimizer.state_dict()}
+            phi, beside = ([p.detach() for p in x] for x in (self.adapters.phi, self.beside))
+            state = {"phi": phi, "beside": beside, "optimizer": self.optimizer.state_dict()}
             torch.save(state, folder / "state" / "adapter.pt")
 
+    @torch.no_grad()
     def read(self, folder: Path) -> None:
         device = self.adapters.phi[0].device
         file = folder / "state" / "adapter.pt"
         saved = torch.load(file, map_location=device, weights_only=True)
-        for p, q in zip(self.adapters.phi, saved["phi"], strict=True):
+        values = [*saved["phi"], *saved.get("beside", ())]
+        for p, q in zip([*self.adapters.phi, *self.beside], values, strict=True):
             p.copy_(q)
         self.optimizer.load_state_dict(saved["optimizer"])

@@ -52,7 +52,7 @@ from data import (
     response_tokens,
     sample_episode,
 )
-from lora import AdapterCheckpoint, Adapters, linear_layers, write_merged
+from lora import AdapterCheckpoint, Adapters, check_targets, write_merged
 from measure import (
     adaptation,
     adaptation_lines,
@@ -437,14 +437,7 @@ def prepare(args: Args, world: World) -> tuple:
     """
     config, tokenizer = load_config(args.model, args.trust_remote_code)
     base = skeleton(config, trust_remote_code=args.trust_remote_code)
-    names = {name.split(".")[-1] for name in linear_layers(base)}
-    if not args.target_modules:
-        raise DataError("--target-modules: name at least one")
-    if unknown := [t for t in args.target_modules if t not in names]:
-        raise DataError(
-            f"--target-modules {' '.join(unknown)}: the model has no such linear layer; it has "
-            f"{', '.join(sorted(names))}"
-        )
+    check_targets(base, args.target_modules)
     tasks = load_tasks(
         args.data,
         task_column=args.task_column,

@@ -481,11 +481,14 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 class Policy(torch.nn.Module):
-    """A causal language model `lm`, and where wanted a value head on its last hidden state."""
+    """A causal language model `lm`, and where wanted a value head on its last hidden state.
+
+    adapters: what is trained beside a frozen lm (lora.Adapters), or None.
+    """
 
     def __init__(self, lm, value_head: bool):
         super().__init__()
-        self.lm, self.config = lm, lm.config
+        self.lm, self.config, self.adapters = lm, lm.config, None
         if value_head:
             hidden_size = lm.config.get_text_config().hidden_size
             self.value = torch.nn.Linear(hidden_size, 1, device=next(lm.parameters()).device)

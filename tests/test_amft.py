@@ -11,11 +11,13 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import amft
 from data import DataError
 from games.play import Actor, Trajectory, Turn
-from model import World, auto_class, load_config, load_processor
+from lora import Adapters
+from model import EMBEDDED, World, auto_class, load_config, load_processor
 from policy import Policy
 from tests.helpers import (
     AMFT_RUN,
@@ -363,12 +365,14 @@ def test_dynamic_sampling():
 # Batches against a loop over rows
 
 
-def amft_learner(model, optimizer=None, **settings) -> amft.PolicyLearner:
+def amft_learner(model, optimizer=None, adapters=None, **settings) -> amft.PolicyLearner:
     """Of one rank. Without an optimizer its steps change nothing."""
     args = amft.with_defaults(amft.Args(**{"micro_batch": 3, "samples": 4} | settings))
     policy = Policy(model, args.advantage == "gae").to(next(model.parameters()).dtype).train()
+    policy.adapters = adapters
     if optimizer is None:
-        still = {"params": list(policy.parameters()), "lr": 0.0, "peak": 0.0}
+        params = adapters.phi if adapters else list(policy.parameters())
+        still = {"params": params, "lr": 0.0, "peak": 0.0}
         optimizer = torch.optim.AdamW([still])
     world = World(torch.device("cpu"), mesh=one_rank_mesh())
     return amft.PolicyLearner(args, policy, optimizer, world, 0)
@@ -508,6 +512,12 @@ def test_amft_batch_equals_rows(method, options, process_group):
                 expected = g_sft[i] - g_rl[i]
                 torch.testing.assert_close(taken.D[i], expected, **rest, msg=f"D, {name}")
     assert taken.norm == pytest.approx(math.sqrt(learner.dot(taken.G, taken.G)))
+    if learner.args.advantage == "gae":
+        errors = []
+        for row in rl:
+            v = learner.policy.value(plain.outputs(row).hidden).squeeze(-1)
+            errors.append((v - torch.tensor(row.value_targets)).square() / 2)
+        assert taken.sums["value"] == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)
 
 
 def test_advantages_of_the_value_head(process_group):
@@ -540,24 +550,48 @@ def with_peak(optimizer):
 
 
 class Restart:
-    """Model and optimizer as they were, as often as wanted."""
+    """What is trained and the optimizer as they were, as often as wanted."""
 
-    def __init__(self, model, optimizer):
-        self.model, self.optimizer = model, optimizer
-        self.state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    def __init__(self, params, optimizer):
+        self.params, self.optimizer = params, optimizer
+        self.values = [p.detach().clone() for p in params]
+        self.state = copy.deepcopy(optimizer.state_dict())
 
+    @torch.no_grad()
     def __call__(self) -> None:
-        self.model.load_state_dict(self.state[0])
-        self.optimizer.load_state_dict(copy.deepcopy(self.state[1]))
+        for p, value in zip(self.params, self.values, strict=True):
+            p.copy_(value)
+        self.optimizer.load_state_dict(copy.deepcopy(self.state))
 
 
-@pytest.mark.parametrize("preconditioner,clip", [("adam", 1e9), ("adam", 0.5), ("none", 1e9)])
-def test_meta_gradient_against_finite_differences(preconditioner, clip, process_group):
+def with_adapters(model, r: int = 2) -> Adapters:
+    """Adapters of the frozen model in its dtype, B not 0."""
+    adapters = Adapters(
+        model.requires_grad_(False), r=r, alpha=3.0, dropout=0.0, seed=0, rank_stabilised=False,
+        target_modules=("q_proj", "o_proj", "down_proj"), device=torch.device("cpu"),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    kind = next(model.parameters()).dtype
+    adapters.phi = [
+        0.3 * torch.randn(p.shape, generator=generator, dtype=kind) for p in adapters.phi
+    ]
+    adapters.train_phi()
+    return adapters
+
+
+@pytest.mark.parametrize(
+    "preconditioner,clip,lora",
+    [("adam", 1e9, False), ("adam", 0.5, False), ("none", 1e9, False), ("adam", 0.5, True)],
+)
+def test_meta_gradient_against_finite_differences(preconditioner, clip, lora, process_group):
     """< grad U(theta_t), d theta_t / d mu > equals the central difference of U(theta_t(mu)) to
     1e-4, U being an enumerated expectation."""
     model = small_llama(vocab_size=7)
-    optimizer = with_peak(torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1))
-    learner = amft_learner(model, optimizer, clip=clip, meta_preconditioner=preconditioner)
+    adapters = with_adapters(model) if lora else None
+    params = adapters.phi if lora else list(model.parameters())
+    optimizer = with_peak(torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1))
+    settings = {"clip": clip, "meta_preconditioner": preconditioner}
+    learner = amft_learner(model, optimizer, adapters, **settings)
     generator = torch.Generator().manual_seed(3)
 
     def noise(size: float) -> list[torch.Tensor]:
@@ -582,7 +616,7 @@ def test_meta_gradient_against_finite_differences(preconditioner, clip, process_
             means.append((picked.sum((1, 2)).exp() * reward).sum())
         return sum(means) / 2
 
-    restart = Restart(model, optimizer)
+    restart = Restart(learner.params, optimizer)
 
     def step(mu: float) -> amft.Step:
         restart()
@@ -609,13 +643,73 @@ def test_meta_gradient_against_finite_differences(preconditioner, clip, process_
     assert abs(ours) > 1e-6
 
 
+def test_the_gradient_of_adapters_is_that_of_the_merged_weights(process_group):
+    """W + s B A has dL/dA = s B' dL/dW and dL/dB = s dL/dW A'; of G and of D."""
+    rl, sft = random_rows(5, 1), random_rows(3, 2, demonstration=True)
+    model = small_llama()
+    adapters = with_adapters(model)
+    learner = amft_learner(model, adapters=adapters)
+    found = learner.train_on(0.4, sft, rl, schedule=1.0, with_D=True)
+    merged = small_llama()
+    layers, scale = dict(merged.named_modules()), 3.0 / 2
+    with torch.no_grad():
+        for i, name in enumerate(adapters.layers):
+            A, B = adapters.phi[2 * i : 2 * i + 2]
+            layers[name].weight += scale * (B @ A)
+    whole = amft_learner(merged)
+    expected = whole.train_on(0.4, sft, rl, schedule=1.0, with_D=True)
+    names = [name for name, _ in whole.policy.named_parameters()]
+    for ours, theirs in ((found.G, expected.G), (found.D, expected.D)):
+        for i, name in enumerate(adapters.layers):
+            A, B = (p.detach() for p in adapters.phi[2 * i : 2 * i + 2])
+            dW = theirs[names.index(f"lm.{name}.weight")]
+            torch.testing.assert_close(ours[2 * i], scale * (B.T @ dW), rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(ours[2 * i + 1], scale * (dW @ A.T), rtol=1e-6, atol=1e-9)
+    assert found.norm == pytest.approx(learner.dot(found.G, found.G) ** 0.5)
+
+
+def test_adapters_on_two_ranks_and_merged(tmp_path):
+    """With a value head and a meta-gradient: a checkpoint taken one step further by two ranks; the
+    merged weights answer as base and adapter do; the frozen base has not moved."""
+    settings = [
+        *AMFT_RUN, "--steps", "3", "--save-every", "2", "--warmup-steps", "1", "--eval-every",
+        "-1", "--advantage", "gae", "--mu-update", "shrunken", "--lora-r", "4", "--merge",
+    ]  # fmt: skip
+    first, second = tmp_path / "1", tmp_path / "2"
+    assert run_here(amft, *settings, "--output-dir", first) == 0
+    shutil.copytree(first, second, symlinks=True)
+    shutil.rmtree(second / "step-000003")
+    run_well("amft.py", *settings, "--output-dir", second, "--resume", ranks=2)
+    one, two = logged(first), logged(second)
+    assert one[:2] == two[:2]
+    for key in ("grad_norm", "loss/rl", "loss/sft", "loss/value", "entropy", "grad_mu", "mu"):
+        relative = 1e-3 if key == "grad_mu" else 1e-4
+        assert one[2][key] == pytest.approx(two[2][key], rel=relative, abs=1e-7), key
+    a, b = (load_file(x / "checkpoint" / "adapter_model.safetensors") for x in (first, second))
+    for name, weight in a.items():
+        torch.testing.assert_close(weight, b[name], rtol=1e-5, atol=3e-5, msg=name)
+    base, merged = (
+        load_file(x / "model.safetensors") for x in (EMBEDDED["tiny_bare"], first / "merged")
+    )
+    assert base.keys() == merged.keys()
+    for name, weight in base.items():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        change = 0.0
+        if f"{layer}.lora_A.weight" in a:
+            A, B = (a[f"{layer}.lora_{x}.weight"].double() for x in "AB")
+            change = (32 / 4) * (B @ A)
+            assert change.abs().max() > 0
+        expected = (weight.double() + change).float()
+        torch.testing.assert_close(merged[name].float(), expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_a_step_that_does_not_depend_on_mu(process_group):
     """A clipped step along mu g_SFT is the same for every mu: no meta-gradient is taken, as its
     rounding would become the scale of the next."""
     model = small_llama()
     optimizer = with_peak(torch.optim.AdamW(model.parameters(), lr=1e-3))
     learner = amft_learner(model, optimizer)
-    restart = Restart(model, optimizer)
+    restart = Restart(learner.params, optimizer)
     g_sft = [torch.randn_like(p) for p in learner.params]
     g_rl = [torch.randn_like(p) for p in learner.params]
 

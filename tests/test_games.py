@@ -350,7 +350,10 @@ def test_route_files(tmp_path):
         assert instructions[3] == end
     lengths = {len(VIRL(routes=routes).reset(seed).positions) for seed in range(0, 40, 2)}
     assert len(lengths) > 3, "forward points are drawn at reset"
-    for bad in ("{", "[[], 0]", '[[{"init_heading": 1}], 1]', '{"a": 1}'):
+    file.write_text("\ufeff" + json.dumps([[RECORD], 1]), encoding="utf-8")  # as Windows saves it
+    assert [route.headings for route in load_routes(str(file))] == [routes[0].headings]
+    huge = json.dumps([[RECORD], 1]).replace("40.001", "1" + 400 * "0")
+    for bad in ("{", "[[], 0]", '[[{"init_heading": 1}], 1]', '{"a": 1}', "[" * 100_000, huge):
         file.write_text(bad)
         with pytest.raises(DataError, match="route"):
             load_routes(str(file))

@@ -728,6 +728,12 @@ def test_what_follows_the_last_thought_is_the_answer():
     assert not grade(text, "5")
 
 
+def test_words_for_powers_of_units():
+    assert is_equal(r"5\text{ meters cubed}", r"5\text{ m}^3")
+    assert not is_equal(r"5\text{ meters cubed}", r"5\text{ m}^2")
+    assert is_equal(r"5\text{ meters squared}", r"5\text{ m}^2")
+
+
 @pytest.mark.parametrize(
     "root,value,other",
     [

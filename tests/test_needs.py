@@ -8,6 +8,7 @@ import amft
 import fomaml
 import meta_lora
 from data import Encoded
+from measure import rows_to_answer, rows_to_score
 from model import World
 from run import Needs, check_space
 
@@ -87,6 +88,17 @@ def test_offloading_moves_bytes_from_the_gpu():
     everything = of_fomaml(QWEN3_4B, gpus(1), cpu_offload=True)
     assert everything.device == {}
     assert sum(everything.host.values()) == pytest.approx(24 * n)  # and the weights while loading
+
+
+def test_rows_at_a_time():
+    """Of an evaluation: fewer where logits pass 2^29 numbers or keys and values 8 GB."""
+    assert rows_to_score(QWEN3_4B, 32) == 16
+    assert rows_to_score(QWEN3_4B, 512) == 6
+    assert rows_to_score(QWEN3_4B, 100_000) == 1
+    assert rows_to_answer(LLAMA_1B, 2048, 2) == 128  # 67 MB a row
+    assert rows_to_answer(QWEN3_4B, 8192, 2) == 7  # 1.2 GB
+    assert rows_to_answer(QWEN3_4B, 8192, 4) == 3
+    assert rows_to_answer(QWEN3_4B, 10**6, 2) == 1
 
 
 def test_more_buffers():
