@@ -1456,7 +1456,7 @@ def needs(args: Args, config, world: World, longest: int) -> Needs:
     if cuda and args.cpu_offload:
         device, host = {}, device
     if cuda and world.rank == 0:
-        host["weights while loading"] = 4 * n
+        host["weights while loading"] = (width if args.lora_r else 4) * n
     rows = min(args.generation_batch, args.prompts_per_step * args.samples // world.size)
     at_once = args.micro_batch * longest
     return Needs(
