@@ -59,6 +59,7 @@ from data import DataError, check_numbers
 from games import games_of
 from games.play import Actor, Trajectory, Turn, demonstrate
 from games.problems import load_demonstrations, load_problems
+from games.rules import own_function
 from lora import AdapterCheckpoint, Adapters, adapter_size, check_targets, write_merged
 from measure import (
     play_tests,
@@ -106,9 +107,10 @@ class Args:
     SRFT, HPT, GAC."""
 
     # What is trained, on what
-    task: Literal["math", "general_points", "virl"] = "math"
-    """Where prompts, demonstrations and rewards come from: games/problems.py (math) or games/. It
-    sets the defaults that are "by task"."""
+    task: str = "math"
+    """Where prompts, demonstrations and rewards come from: math (games/problems.py),
+    general_points, virl, or FILE.py:FUNCTION, which gives games of your own (docs/games.md). It
+    sets the defaults that are "by task"; your own have general_points'."""
     model: str | None = None
     """tiny, tiny_bare (tiny with a habit of bare answers), a local folder in Hugging Face format,
     or a hub name. By task: tiny_bare, tiny_games (tiny after the experts' answers, with the same
@@ -347,9 +349,10 @@ def with_defaults(args: Args) -> Args:
         "general_points": {"model": games_model, "steps": 70, "prompts_per_step": 8, "samples": 8},
         "virl": {"model": games_model, "steps": 30, "prompts_per_step": 4, "samples": 4},
     }
-    defaults = by_task[args.task] | {"lr": 3e-4 if args.lora_r else 3e-5}
+    task = args.task if args.task in by_task else "general_points"
+    defaults = by_task[task] | {"lr": 3e-4 if args.lora_r else 3e-5}
     defaults["eval_problems"] = 140 if args.task == "math" else games_episodes
-    args = _filled(args, {"steps": by_task[args.task]["steps"]})
+    args = _filled(args, {"steps": by_task[task]["steps"]})
     defaults["warmup_steps"] = {"amft": 5, "sft_then_rl": args.steps // 2}.get(args.method, 0)
     if args.vision:  # tiny_vision is still learning to read
         defaults |= {"lr": 1e-4, "warmup_lr": 1e-3, "warmup_steps": 20, "warmup_batch": 32}
@@ -1331,6 +1334,8 @@ def check(args: Args, ranks: int) -> None:
         )
     if args.reward and args.task != "math":
         raise DataError(f"--reward is for --task math: {args.task} has the reward of its rules")
+    if args.task not in ("math", "general_points", "virl") and ":" not in args.task:
+        raise DataError(f"--task {args.task}: math, general_points, virl or FILE.py:FUNCTION")
     if args.lora_r and (args.cpu_offload or args.compile):
         raise DataError("--lora-r goes with neither --cpu-offload nor --compile")
     if args.merge and not args.lora_r:
@@ -1398,6 +1403,10 @@ def load_task(args: Args, tokenizer) -> tuple:
             report += f"; {len(shown)} demonstrations of other problems"
         tests = {name: (game, len(game)) for name, game in tests.items()}
         return train, shown, validation, tests, report
+    if ":" in args.task:
+        train, validation, tests = own_function(args.task, "--task")()
+        tests = {name: (game, args.eval_problems) for name, game in tests.items()}
+        return train, train, validation, tests, f"{args.task}: episodes without end"
     train, validation, tests = games_of(
         args.task,
         rule=args.rule,

@@ -1,13 +1,9 @@
 """Mathematics as a game of one turn, for learning from the model's own responses."""
 
-import importlib
-import importlib.util
 import math
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from checker import grade
 from data import (
@@ -21,7 +17,7 @@ from data import (
     to_examples,
     words_of,
 )
-from games.rules import Result
+from games.rules import Result, own_function
 from sources import hub_tables
 
 OPENR1 = "Elliott/Openr1-Math-46k-8192"  # LUFFY's: the columns prompt, target, reward_model
@@ -85,27 +81,6 @@ def own_result(reward: Callable, example: Example, text: str) -> Result:
     return Result(number, True, number > 0, "", noted)
 
 
-def load_reward(name: str) -> Callable[[str, str, dict], object]:
-    """The function of "module:function" or "file.py:function". Raises DataError."""
-    where, _, function = name.rpartition(":")
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(
-                Path(where).stem, Path(where).expanduser()
-            )
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            sys.path.insert(0, "")
-            module = importlib.import_module(where)
-        found = getattr(module, function)
-    except Exception as e:  # of the user's file, while it is run
-        raise DataError(f"--reward {name}: {type(e).__name__}: {e}") from None
-    if not callable(found):
-        raise DataError(f"--reward {name} is no function")
-    return found
-
-
 def load_problems(
     data: str,
     tokenizer,
@@ -127,9 +102,10 @@ def load_problems(
     up to a tenth of its rows, is the test. Rows without an answer, or longer than max_length
     tokens, are left out and counted, and so are problems that occur twice: what is in a test set is
     never trained on. suffix: text after every problem that does not speak of \\boxed itself, by
-    default BOX except for embedded ones. reward: see load_reward. Raises DataError.
+    default BOX except for embedded ones. reward: the name of a function, see own_function. Raises
+    DataError.
     """
-    own_reward = load_reward(reward) if reward else None
+    own_reward = own_function(reward, "--reward") if reward else None
 
     def choose(examples: Sequence[Example]) -> list[Example]:
         """Those that are asked for, with the suffix."""

@@ -6,9 +6,16 @@ the present position. Anything a model can write gets a reward and a message.
 """
 
 import functools
+import importlib
+import importlib.util
 import json
 import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
+
+from sources import DataError
 
 MAX_CHARS = 8000  # of an answer: the end is read
 
@@ -64,3 +71,25 @@ def font(size: float):
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
+
+
+def own_function(name: str, flag: str) -> Callable:
+    """A user's function: "MODULE:FUNCTION", or "FILE.py:FUNCTION". Raises DataError."""
+    where, _, function = name.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(
+                Path(where).stem, Path(where).expanduser()
+            )
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # dataclasses look their module up
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, "")
+            module = importlib.import_module(where)
+        found = getattr(module, function)
+    except Exception as e:  # of the user's file, while it is run
+        raise DataError(f"{flag} {name}: {type(e).__name__}: {e}") from None
+    if not callable(found):
+        raise DataError(f"{flag} {name} is no function")
+    return found

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import amft
 from data import DataError
-from games.play import Actor, Trajectory, Turn
+from games.play import Actor, Trajectory, Turn, demonstrate
+from games.rules import own_function
 from lora import Adapters
 from model import EMBEDDED, World, auto_class, load_config, load_processor
 from policy import Policy
@@ -880,6 +881,31 @@ def test_a_reward_of_ones_own(tmp_path, capsys):
     args = amft.with_defaults(amft.Args(task="virl", reward=f"{own}:short"))
     with pytest.raises(DataError, match="--reward"):
         amft.check(args, 1)
+
+
+def test_a_game_of_ones_own(tmp_path, capsys):
+    """docs/games.md's example: its expert wins, it is trained on; a wrong name is one line."""
+    page = (ROOT / "docs" / "games.md").read_text()
+    code = page.split("In `higher.py`:\n\n")[1].split("\n    python amft.py")[0]
+    (tmp_path / "higher.py").write_text(textwrap.dedent(code))
+    task = f"{tmp_path / 'higher.py'}:games"
+    train, _, _ = own_function(task, "--task")()
+    _, tokenizer = load_config("tiny_games")
+    tries = []
+    for seed in range(20):
+        episode = demonstrate(tokenizer, train, seed)
+        assert episode.won
+        tries.append(len(episode.turns))
+    assert max(tries) == 5
+    assert not train.step(train.reset(0), "no number").won
+    settings = [*GAME_RUN, "--method", "amft", "--max-new-tokens", "8", "--output-dir"]
+    assert run_here(amft, *settings, tmp_path / "r", "--task", task) == 0
+    assert [row["samples/train"] for row in logged(tmp_path / "r")] == [0, 4]
+    for wrong, message in ((f"{tmp_path}/none.py:games", "none.py"), ("chess", "general_points")):
+        capsys.readouterr()
+        assert run_here(amft, *settings, tmp_path / "r", "--task", wrong) == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if "--task" in x]
+        assert message in line
 
 
 WRONG_REWARDS = """
