@@ -664,7 +664,8 @@ def start(script: str, args, check: Callable, examine: Callable, main: Callable)
         if rank == 0:
             print(f"{script}: {e}", file=sys.stderr, flush=True)
         else:
-            time.sleep(5)  # torchrun ends all ranks when one fails: let rank 0 speak first
+            time.sleep(5)  # torchrun ends all ranks when one fails: rank 0 may have said it by then
+            print(f"{script}, rank {rank}: {e}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         if rank == 0:

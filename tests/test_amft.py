@@ -540,6 +540,20 @@ def test_advantages_of_the_value_head(process_group):
         assert row.advantages == pytest.approx(((advantages - mean) / std).tolist(), abs=1e-5)
 
 
+def test_the_value_head_has_its_own_rate(process_group):
+    """At every point of the schedule."""
+    settings = {"method": "rl", "advantage": "gae", "lr": 1e-3, "value_lr": 0.02}
+    learner = amft_learner(small_llama(), **settings)
+    learner.optimizer = amft.adamw(learner.args, learner.policy)
+    head = {id(p) for p in learner.policy.value.parameters()}
+    for schedule in (0.5, 1.0):
+        learner.take_step([torch.ones_like(p) for p in learner.local_params], schedule)
+        for group in learner.optimizer.param_groups:
+            of_head = {id(p) in head for p in group["params"]}
+            assert group["lr"] == schedule * (0.02 if of_head == {True} else 1e-3)
+            assert len(of_head) == 1
+
+
 # --------------------------------------------------------------------------------------------------
 # The derivative of a step
 

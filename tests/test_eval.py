@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import plots
-from data import DataError, Example, Task
+from data import DataError, Encoded, Example, Task
 from model import World, load_config
 from tests.helpers import ROOT, command, run_here
 
@@ -341,6 +342,23 @@ def test_study_judges_words(tmp_path, monkeypatch):
     assert [row["right"] for row in report["few_shot"]] == [[True, False]] * 2
 
 
+def test_every_step_of_the_study_has_a_whole_batch(monkeypatch):
+    """Five examples in batches of three: a batch may begin one pass and end another."""
+    model, batches = torch.nn.Linear(1, 1), []
+
+    def loss(model, rows, pad_id):
+        batches.append(rows)
+        return sum(p.sum() for p in model.parameters())
+
+    monkeypatch.setattr(evaluation, "response_loss", loss)
+    rows = [Encoded([i, i], 1) for i in range(5)]
+    args = evaluation.Args(adapt_steps=10, adapt_batch=3)
+    assert list(evaluation.adapt(args, model, rows, 0, seed=0)) == list(range(11))
+    assert [len(batch) for batch in batches] == [3] * 10
+    taken = list(itertools.chain(*batches))
+    assert [taken.count(row) for row in rows] == [6] * 5
+
+
 def test_study_with_few_positions(tmp_path, small_model):
     """Adaptation and greedy answers stay within a table of 96 positions; models with other numbers
     of positions are compared on the same rows."""
@@ -498,6 +516,18 @@ def test_lines_of_panels():
     assert changes[-1] == [[1, 2, 3], pytest.approx([0.1, 0.1, 0.3])]
     (line,) = drawn(plots.draw_test_sets, [setting], ["test"])
     assert line == [[0], [25.0]]
+
+
+def test_gains_are_what_adaptation_lowers():
+    import matplotlib.pyplot as plt
+
+    rows = []
+    for step, after in ((0, 2.5), (9, 1.25)):
+        rows.append({"step": step, "tasks": {"t": {"loss_before": 2.0, "loss_after": after}}})
+    fig, axis = plt.subplots()
+    plots.draw_gains([plots.Setting("a", "#000000", [[]], [rows])], axis)
+    assert [bar.get_width() for bar in axis.patches] == [-0.5, 0.75]  # before, after training
+    plt.close(fig)
 
 
 def test_seeds_of_a_setting_are_one_line(tmp_path):

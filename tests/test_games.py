@@ -6,12 +6,14 @@ import math
 import random
 import re
 import time
+import types
 from fractions import Fraction
 
 import pytest
 
 from data import DataError, Example, embedded_examples
 from games import games_of
+from games.__main__ import save_picture
 from games.general_points import GeneralPoints, Hand, evaluate, solutions, solvable
 from games.problems import MathProblems, load_problems
 from games.virl import VIRL, Route, bearing, compass, load_routes, observation, turn, wrap
@@ -385,6 +387,18 @@ def test_game_pictures():
             game.step(walk, game.expert(walk))
         views.add(game.render(walk).tobytes())
     assert len(views) == 8, "two bearings of a landmark have the same picture"
+
+
+def test_the_saved_picture_shows_something(monkeypatch):
+    """python -m games: of the first place with a landmark, also one that is no corner."""
+    shown = []
+    picture = types.SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr(VIRL, "render", lambda _, state, width: shown.append(state) or picture)
+    for seed in range(20):
+        save_picture(VIRL(), seed, "game.png")
+        walk = shown[-1]
+        assert walk.here.landmarks
+        assert not any(position.landmarks for position in walk.positions[: walk.place])
 
 
 def hostile_answers() -> list[str]:

@@ -235,6 +235,8 @@ def test_judging_choices():
     problem = evaluation._problem(gpqa, "gpqa")
     assert sorted(problem.choices) == ["a", "b", "c", "x"]
     assert problem.choices["ABCD".index(problem.answer)] == "x"
+    questions = [gpqa | {"Question": f"Which of {i}?"} for i in range(40)]
+    assert {evaluation._problem(row, "gpqa").answer for row in questions} == set("ABCD")
     gsm8k = {"question": "How many?", "answer": "6 + 1 = 7\n#### 7"}
     assert evaluation._problem(gsm8k, "gsm8k").answer == "7"
 

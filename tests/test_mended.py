@@ -415,11 +415,23 @@ FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 
 
 @pytest.fixture(scope="module")
-def learned(small_model, tmp_path_factory) -> Path:
+def rollouts() -> dict[str, list[int]]:
+    """{key: seeds} of the rollouts of `learned`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def learned(rollouts, small_model, tmp_path_factory) -> Path:
     """A run with four meta-gradients, saved at steps 4 and 5."""
-    folder = tmp_path_factory.mktemp("learned") / "r"
+    folder, rollout = tmp_path_factory.mktemp("learned") / "r", amft.Actor.rollout
+
+    def kept(self, game, seeds, samples, key, *args, **kwargs):
+        rollouts[str(key)] = list(seeds)
+        return rollout(self, game, seeds, samples, key, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         warm_at_once(patch)
+        patch.setattr(amft.Actor, "rollout", kept)
         assert run_here(amft, "--model", small_model, *LEARNED, "--output-dir", folder) == 0
     return folder
 
@@ -438,6 +450,12 @@ def test_all_samples_are_counted(learned):
     assert [row["samples/train"] for row in rows] == [0, 16, 16, 16, 16]
     for_target = 64 * 4  # H*, once
     assert [row["samples/validation"] for row in rows] == [0, 16 + for_target, 16, 16, 16]
+
+
+def test_every_meta_gradient_has_prompts_of_its_own(learned, rollouts):
+    seeds = [rollouts[f"{step}/validation"] for step in range(1, 5)]
+    assert [len(of_step) for of_step in seeds] == [4] * 4
+    assert len(set(itertools.chain(*seeds))) == 16
 
 
 def test_mu_resumes_to_the_last_bit(learned, small_model, tmp_path, monkeypatch):
