@@ -230,6 +230,7 @@ ENDINGS = [  # a text, its answer, what stands there too and is not
     ('{"answer": 42, "confidence": 0.9}', "42", "0.9"),
     ("\\boxed{42}<end_of_turn>\n<start_of_turn>user\n\\boxed{56}", "42", "56"),
     ("So altogether we need 2 1/4 cups.", "9/4", "1/4"),
+    ("So we need 12 cups because 3 boxes hold 4 each.", "12", "4"),
     ("\\boxed{a > b}\n\n**Answer: D**", "D", "A"),
     ("\\boxed{5}\n\nWait, I made an error. The correct answer is 6.", "6", "5"),
     ("Tom gets $20 - $13.50 = $6.50 back.", "6.5", "20"),

@@ -198,6 +198,7 @@ def test_tokens_and_loss_mask():
     response = slice(row.prompt_length, len(row.ids))
     assert labels[0, response].tolist() == row.ids[response]
     assert data.encode(tokenizer, examples, 5) == ({}, 3)
+    assert data.encode(tokenizer, examples, longest) == (encoded, 0)
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -83,6 +83,27 @@ def test_curve_and_prompts_of_an_evaluation(max_length, small_model, process_gro
         assert set(in_context) <= set(asked)
 
 
+def test_all_prompts_must_fit(process_group, monkeypatch):
+    """One that is too long, and none is measured: the means of tasks are of the same problems."""
+    _, tokenizer = load_config("tiny")
+    tasks = [load_tasks(data)[-1] for data in ("orders", "ciphers")]  # prompts of two lengths
+    rows = tasks[0].test + tasks[1].test
+    tokens, _ = encode(tokenizer, rows, 2048)
+    monkeypatch.setattr(measure, "score", lambda *_, **__: None)
+    longest = 0
+    for task in tasks:
+        prompts = encode_in_context(tokenizer, task.support[:4], task.test[:2])
+        longest = max(longest, *(len(row.ids) for row in prompts.values()))
+    for max_length in (longest, longest - 1):
+        result = measure.adaptation(
+            None, tasks, tokens, tokenizer, World(torch.device("cpu")), adapt=lambda *_: None,
+            restore=lambda: None, draw=lambda rng, rows: rows[:4], curve=2, max_length=max_length,
+            problems=2, max_new_tokens=4, seed=0, stop=NO_STOP,
+        )  # fmt: skip
+        for numbers in result.values():
+            assert ("accuracy_in_context" in numbers) == (max_length == longest)
+
+
 def test_in_context_arm_of_the_study(tmp_path, small_model, capsys):
     """The loss is that of the test rows behind the examples, without any step; of no example it is
     the model's own."""

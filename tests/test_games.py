@@ -16,6 +16,7 @@ from games import games_of
 from games.__main__ import save_picture
 from games.general_points import GeneralPoints, Hand, evaluate, solutions, solvable
 from games.problems import MathProblems, load_problems
+from games.rules import fields_of
 from games.virl import VIRL, Route, bearing, compass, load_routes, observation, turn, wrap
 from model import load_config
 from tests.helpers import SHARED, hostile_rows
@@ -389,6 +390,24 @@ def test_game_pictures():
     assert len(views) == 8, "two bearings of a landmark have the same picture"
 
 
+def test_signs_stand_where_their_landmarks_are(monkeypatch):
+    """In the view ahead or behind, on the side on which one sees them."""
+    drawn = []
+    monkeypatch.setattr(VIRL, "_draw_sign", lambda _, draw, x, y, size, name: drawn.append((x, y)))
+    for where, column, upper in (
+        (0, 0.5, True), (45, 0.78, True), (315, 0.22, True),
+        (180, 0.5, False), (135, 0.22, False), (225, 0.78, False),  # looking back
+    ):  # fmt: skip
+        drawn.clear()
+        walk = VIRL(routes=(Route(0, (0, 90), ((("Old Bank", where),), ()), (50, 50)),)).reset(0)
+        walk.place = next(i for i, position in enumerate(walk.positions) if position.landmarks)
+        assert walk.here.heading == 0
+        VIRL().render(walk)
+        ((x, y),) = drawn
+        assert x == pytest.approx(128 * column)
+        assert (y < 128) == upper
+
+
 def test_the_saved_picture_shows_something(monkeypatch):
     """python -m games: of the first place with a landmark, also one that is no corner."""
     shown = []
@@ -399,6 +418,13 @@ def test_the_saved_picture_shows_something(monkeypatch):
         walk = shown[-1]
         assert walk.here.landmarks
         assert not any(position.landmarks for position in walk.positions[: walk.place])
+
+
+def test_the_end_of_a_long_answer_is_read():
+    """Thoughts come before what is to be judged."""
+    field = '{"formula": "1"}'
+    assert fields_of("x" * 9000 + field, ("formula",)) == {"formula": "1"}
+    assert fields_of(field + "x" * 9000, ("formula",)) == {}
 
 
 def hostile_answers() -> list[str]:

@@ -352,6 +352,8 @@ def test_few_shot_study(tmp_path, small_model, monkeypatch):
     curve = next(row["curve"] for row in report["few_shot"] if row["shots"] == 6)
     assert list(curve) == ["0", "1", "2", "5"]
     assert curve["5"] < curve["0"]
+    for row in report["few_shot"]:
+        assert row["loss"] == row["curve"]["5" if row["shots"] else "0"]
     for pair in report["pairs"]:
         assert pair["difference"] == 0, pair
         assert pair["mcnemar"] == 1, pair

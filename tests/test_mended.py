@@ -798,6 +798,14 @@ def test_query_rows_are_not_in_the_support(source, sums, tmp_path):
             assert texts.isdisjoint(e.prompt for e in task.test)
 
 
+def test_training_tasks_are_as_many_as_asked_for(sums):
+    """All are evaluated."""
+    for count, left in ((0, 3), (2, 2), (9, 3)):
+        args = fomaml.Args(data=str(sums), support_batch=4, query_batch=4, training_tasks=count)
+        _, _, tasks, test_tasks, _ = fomaml.prepare(args, World(CPU))
+        assert (len(tasks), len(test_tasks)) == (left, 3)
+
+
 def test_every_task_comes_in_changing_company():
     names = "abcdef"
     tasks = []
@@ -1086,8 +1094,9 @@ def test_a_loss_above_its_start_is_warned_of():
     start = {0: result(1.5, 1.2)}
     worse = measure.adaptation_lines(40, result(3.0, 2.4), start | {40: result(3.0, 2.4)})
     assert any("the loss is above its start" in line for line in worse)
-    better = measure.adaptation_lines(40, result(1.2, 1.0), start | {40: result(1.2, 1.0)})
-    assert not any("warning" in line for line in better)
+    for good in (result(1.2, 1.0), result(3.0, 1.0), result(1.9, 1.4)):  # not both are worse
+        lines = measure.adaptation_lines(40, good, start | {40: good})
+        assert not any("warning" in line for line in lines)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -124,6 +124,23 @@ def test_lora_batched_stage_one(options):
         assert p.grad is None, f"{name}: a gradient is left"
 
 
+def test_evaluation_measures_without_dropout():
+    """Which is on in every inner step, also after a measurement, and off after the last."""
+    episodes, tokens = random_episodes(1, 6, 2)
+    learner = lora_learner(small_llama(), tokens)
+    mean_losses, seen = learner.mean_losses, []
+
+    def step(batches):
+        seen.append(("step", learner.adapters.training))
+        return mean_losses(batches)
+
+    learner.mean_losses = step
+    learner.adapt(episodes[0].support, lambda k: seen.append((k, learner.adapters.training)))
+    measured = [("step", True), (1, False), ("step", True), (2, False), ("step", True), (3, False)]
+    assert seen == measured
+    assert not learner.adapters.training
+
+
 class Folded:
     """The adapter folded into the weights of a model without hooks: W + scale B A."""
 

@@ -88,6 +88,13 @@ def test_families_that_scale_their_logits(family):
     torch.testing.assert_close(token_losses(lm, batch), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_all_positions_may_be_used():
+    config = transformers.LlamaConfig(max_position_embeddings=8)
+    model.check_positions(config, 8, "--max-length")
+    with pytest.raises(model.ModelError, match="9 tokens, but the model has 8 .* --max-length"):
+        model.check_positions(config, 9, "--max-length")
+
+
 def test_a_scale_that_is_not_known_is_refused():
     lm = load_weights("tiny")
     plain = lm.forward

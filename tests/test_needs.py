@@ -9,7 +9,7 @@ import fomaml
 import meta_lora
 from data import Encoded
 from measure import rows_to_answer, rows_to_score
-from model import World
+from model import World, activation_bytes
 from run import Needs, check_space
 
 GB = 1e9
@@ -128,6 +128,13 @@ def test_meta_lora_needs_more_activations():
     args.activation_checkpointing = True
     needs = meta_lora.needs(args, QWEN3_4B, gpus(4), LONGEST)
     assert verdict(gpus(4), needs) == []
+
+
+def test_checkpointing_keeps_the_inputs_of_blocks():
+    """And one block's rest."""
+    for adapters, numbers in ((False, 34), (True, 52)):  # hidden sizes of a layer and token
+        sizes = [activation_bytes(LLAMA_1B, 10, 2, kept, adapters) for kept in (False, True)]
+        assert sizes == [10 * 2048 * 2 * n for n in (16 * numbers, 16 + numbers)]
 
 
 def test_amft_counts_cache_and_gathered_weights():

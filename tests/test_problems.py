@@ -3,6 +3,7 @@ splits; hidden rules."""
 
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import checker
 from data import Example, embedded_examples, load_tasks
 from tests import answers
 from tests.answers import expression
+from tiny.conditions import Args, condition
 from tiny.hidden_rules import ORDERS, cipher_rows, order_rows
 from tiny.problems import FAMILIES, ROLES
 
@@ -71,7 +73,7 @@ def test_embedded_answers(role):
 
 
 def test_embedded_solutions_are_true():
-    """Every "= " in a worked solution that joins plain arithmetic holds."""
+    """Every "= " in a worked solution that joins plain arithmetic holds, also after "2x = "."""
     for_reading = ("hypotenuse", "arithmetic_series", "rectangle")  # chains and products of sums
     checked = 0
     for name, examples in embedded_examples(20, 3, "train").items():
@@ -80,9 +82,9 @@ def test_embedded_solutions_are_true():
         for example in examples:
             for clause in re.split(r"[,.] ", example.response.split("\\boxed")[0]):
                 sides = [side.strip(" .") for side in clause.replace("\\cdot", "*").split("=")]
-                plain = all(re.fullmatch(r"[-+*/()\d ^]+", side) for side in sides)
-                if len(sides) == 2 and plain:
-                    assert expression(sides[0]) == expression(sides[1]), example
+                plain = [side for side in sides if re.fullmatch(r"[-+*/()\d ^]+", side)]
+                for side in plain[1:]:
+                    assert expression(side) == expression(plain[0]), example
                     checked += 1
     assert checked > 800
 
@@ -167,3 +169,11 @@ def test_hidden_rules_as_tasks(data, training):
         tested |= {e.prompt for e in t.test}
     assert len(seen) == 70
     assert seen.isdisjoint(tested)
+
+
+def test_demonstrations_of_the_lower_levels():
+    """Condition D trains on all levels and shows the first two."""
+    parts = condition("D", Args(Path(), per_family=10, test_per_family=5))
+    levels = {part: {row["level"] for row in rows} for part, rows in parts.items()}
+    every = {1, 2, 3, 4, 5}
+    assert levels == {"train": every, "test": every, "sft": {1, 2}}
