@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
@@ -332,7 +333,7 @@ def lora_cases(size: str, small: str) -> Iterator[Case]:
 
 
 def with_flags(prepare: Callable, **flags) -> Callable:
-    return lambda config, world, length: prepare(config, world, length, **flags)
+    return partial(prepare, **flags)
 
 
 # --------------------------------------------------------------------------------------------------

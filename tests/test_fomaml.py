@@ -160,7 +160,7 @@ def test_maml_gradient():
 
 def test_reptile_and_joint():
     """Reptile: mean of theta_i - theta after K+1 steps. Joint: the gradient of the token mean over
-    all rows."""
+    all rows; its losses are a task's own means."""
     model = small_llama()
     episodes, tokens = random_episodes(3, 4, 2)
     theta = weights_of(model)
@@ -180,7 +180,10 @@ def test_reptile_and_joint():
     expected = reference.gradient(leaves(theta), rows)
     union = learner.union_tokens(episodes)
     assert union == response_tokens([tokens[e.id] for e in rows])
-    meta_gradient(learner, lambda episode: learner.joint(union, episode), episodes)
+    losses = meta_gradient(learner, lambda episode: learner.joint(union, episode), episodes)
+    for row, episode in zip(losses, episodes, strict=True):
+        means = [reference.loss(theta, rows) for rows in (episode.support[2:], episode.query)]
+        assert row.tolist() == pytest.approx([*map(float, means), 0], rel=1e-6)
     for (name, e), g in zip(expected.items(), learner.meta_gradient, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-8, atol=1e-11, msg=name)
     assert_same_weights(weights_of(model), theta, "theta")
