@@ -886,7 +886,8 @@ def bench_ranks(args: Args) -> list[str]:
         )  # fmt: skip
         seconds = statistics.median(row["seconds"] for row in rows[2:])
         lines.append(
-            f"| fomaml.py, meta-step on embedded families, {label}, one thread each | {seconds:.2f} s | | | "
+            f"| fomaml.py, meta-step on embedded families, {label}, one thread each "
+            f"| {seconds:.2f} s | | | "
             f"| {rows[-1]['peak_memory_gb']:.2f} GB a rank, libraries included |"
         )
     return lines
