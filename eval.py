@@ -7,7 +7,7 @@ r"""Evaluation: the accuracy of models on benchmarks and games, and the few-shot
     torchrun --standalone --nproc_per_node 4 eval.py --model DIR --benchmark all_id
     # who learns faster from n examples of a new task, and what do they give in the prompt?
     python eval.py --model tiny runs/fomaml/checkpoint --data ciphers --few-shot 0 5 10 30 \
-        --in-context --adapt-lr 5e-3 --adapt-steps 5 --adapt-batch 30 --limit 10 --max-length 12
+        --in-context --adapt-lr 3e-3 --adapt-steps 5 --adapt-batch 30 --limit 10 --max-length 12
 
 Every response goes to responses-RANK.jsonl of the output folder as it comes; a killed run continues
 from there, none lost, none twice. Results: results.json, results.md. Problems, not samples, are the

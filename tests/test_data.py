@@ -37,6 +37,20 @@ def test_split_is_stratified_disjoint_and_order_free():
     assert data.split(additions(), 0.3, 0.4, 2) != splits, "does not depend on the seed"
 
 
+def test_rows_beside_a_test_file_are_shared(tmp_path):
+    """Between support and query, at the ratio that they were asked for; none is left out."""
+    for name, first, count in (("train", 0, 70), ("test", 100, 5)):
+        rows = []
+        for i in range(first, first + count):
+            row = {"problem": f"What is {i} + 1?", "solution": f"\\boxed{{{i + 1}}}"}
+            rows.append(row | {"subject": "sums", "level": 1})
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for ratios, sizes in ((None, (30, 40, 5)), ((0.1, 0.1), (35, 35, 5))):
+        given = dict(zip(("support_ratio", "query_ratio"), ratios or (), strict=False))
+        (task,) = load_tasks(str(tmp_path), **given)
+        assert (len(task.support), len(task.query), len(task.test)) == sizes
+
+
 def test_episodes_are_pure_and_replicas_share_the_meta_batch():
     tasks = [t for t in load_tasks("embedded") if not t.heldout]
 

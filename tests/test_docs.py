@@ -19,6 +19,8 @@ PROGRAMS = {
     "plots.py": ROOT / "plots.py",
     "bench.py": ROOT / "bench.py",
     "bench_gpu.py": ROOT / "bench_gpu.py",
+    "studies/few_shot/run.py": ROOT / "studies" / "few_shot" / "run.py",
+    "studies/balance/run.py": ROOT / "studies" / "balance" / "run.py",
     "-m tiny.train": ROOT / "tiny" / "train.py",
     "-m tiny.conditions": ROOT / "tiny" / "conditions.py",
     "-m games": ROOT / "games" / "__main__.py",

@@ -325,6 +325,10 @@ def test_study_rows(monkeypatch):
         evaluation.load_study(dataclasses.replace(args, few_shot=(4,)), readers, world)
     study = evaluation.load_study(args, {"a": readers["a"]}, world)
     assert study.tasks[0].support == short[:3] + long
+    new = dataclasses.replace(task, name="new", heldout=True)
+    monkeypatch.setattr(evaluation, "load_tasks", lambda *_, **__: [task, new])
+    study = evaluation.load_study(args, readers, world)
+    assert [t.name for t in study.tasks] == ["new"]  # where some are held out, these
 
 
 def test_study_judges_words(tmp_path, monkeypatch):
@@ -516,6 +520,14 @@ def test_lines_of_panels():
     assert changes[-1] == [[1, 2, 3], pytest.approx([0.1, 0.1, 0.3])]
     (line,) = drawn(plots.draw_test_sets, [setting], ["test"])
     assert line == [[0], [25.0]]
+
+
+def test_curves_are_of_the_most_examples():
+    rows = []
+    for shots, low in ((8, 1.0), (2, 4.0), (8, 2.0)):
+        rows.append({"shots": shots, "curve": {"0": low + 4, "10": low, "2": low + 1}})
+    (line,) = drawn(plots.draw_curves, {"m": rows})
+    assert line[1] == [5.5, 2.5, 1.5]  # steps 0, 2, 10
 
 
 def test_gains_are_what_adaptation_lowers():

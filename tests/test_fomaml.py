@@ -287,6 +287,8 @@ def test_every_inner_step_on_the_same_rows():
     assert batches[1] != batches[0]
     assert len({e.id for e in draw_support(rng, task.support, 20)}) == 20
     assert len({e.id for e in draw_support(rng, task.support, 20, shots=99)}) == 20
+    draws = [draw_support(rng, task.support, 5, shots=5) for _ in range(20)]
+    assert len({frozenset(e.id for e in drawn) for drawn in draws}) == 20  # others each time
 
 
 def test_two_ranks_equal_one(tmp_path, process_group):

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import pytest
 
+import games
 from data import DataError, Example, embedded_examples
 from games import games_of
 from games.__main__ import save_picture
@@ -118,6 +119,15 @@ def test_tests_of_the_games():
     assert games_of("general_points", rule="11_12_13")[2]["rule"].rule == "10"
     assert "visual" not in games_of("virl")[2]
     assert games_of("general_points")[0].attempts == 5
+
+
+def test_routes_of_the_tests(monkeypatch):
+    """Of their own file, or else the training's."""
+    monkeypatch.setattr(games, "load_routes", lambda path: [path])
+    for test_routes, expected in (("b", "b"), (None, "a")):
+        train, validation, tests = games_of("virl", routes="a", test_routes=test_routes)
+        assert train.routes == validation.routes == ("a",)
+        assert {game.routes for game in tests.values()} == {(expected,)}
 
 
 # --------------------------------------------------------------------------------------------------

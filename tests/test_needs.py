@@ -10,7 +10,7 @@ import meta_lora
 from data import Encoded
 from measure import rows_to_answer, rows_to_score
 from model import World, activation_bytes
-from run import Needs, check_space
+from run import Needs, _space, check_space
 
 GB = 1e9
 LLAMA_1B = LlamaConfig(
@@ -77,6 +77,14 @@ def test_disk_is_for_all_checkpoints(tmp_path):
         assert (reasons == []) == fits, free
     assert fomaml.kept(fomaml.Args(steps=100, save_every=40, keep=5)) == 4
     assert fomaml.kept(fomaml.Args(steps=100, save_every=10, keep=5)) == 6
+
+
+def test_ranks_of_a_machine_share_its_memory(monkeypatch, tmp_path):
+    sizes = []
+    for ranks in ("1", "4"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        sizes.append(_space(World(torch.device("cpu")), str(tmp_path / "new"))["device"])
+    assert sizes[1] == sizes[0] / 4
 
 
 def test_offloading_moves_bytes_from_the_gpu():

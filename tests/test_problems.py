@@ -154,6 +154,9 @@ def test_orders():
         agree += agreement(rows, order_rows((i + 1) % ORDERS)) / ORDERS
     assert len(orders) == 120
     assert agree == 0
+    held_out = [order_rows(i)[0] for i in range(100, 120)]  # of all kinds, not the last in a list
+    digits = held_out[0]["problem"].split()[-1]
+    assert {digits.index(row["answer"][0]) for row in held_out} == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("data,training", [("ciphers", 980), ("orders", 100)])

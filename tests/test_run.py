@@ -140,7 +140,10 @@ def test_interrupt_saves(tmp_path, small_model):
 def test_non_finite_steps(tmp_path, small_model, capsys):
     """An inner learning rate that overflows: steps are skipped and counted, after 5 the run ends
     with status 1."""
-    overflow = ["--steps", "20", "--eval-every", "-1", "--inner-steps", "6", "--inner-lr", "100"]
+    overflow = [
+        "--steps", "20", "--eval-every", "-1", "--inner-steps", "6", "--inner-lr", "100",
+        "--inner-optimizer", "sgd",
+    ]  # fmt: skip
     settings = ["--model", small_model, *META_RUN, *overflow, "--output-dir", tmp_path / "r"]
     assert run_here(fomaml, *settings) == 1
     assert "not finite in 5 steps" in capsys.readouterr().err

@@ -114,16 +114,14 @@ def draw_steps(groups: dict, out: Path) -> None:
         if not rows:
             continue
         if name == "in_context":
-            height = sum(values(rows, "accuracy_in_context")) / len(
-                values(rows, "accuracy_in_context")
-            )
-            axis.axhline(height, color=colour, linestyle=":", label=label)
+            prompted = values(rows, "accuracy_in_context")
+            axis.axhline(sum(prompted) / len(prompted), color=colour, linestyle=":", label=label)
             continue
         axis.plot(curve(rows), color=colour, label=label, **AFTER)
     if rows := groups["main"].get("none"):
         prompted = values(rows, "accuracy_in_context")
         height = sum(prompted) / len(prompted)
-        axis.axhline(height, color=GREY, linestyle="--", label="no training, rows in the prompt")
+        axis.axhline(height, color=GREY, linestyle=":", label="no training, rows in the prompt")
     axis.set(xlabel="Adam steps on 30 rows of a new cipher", ylabel="exact answers (%)")
     from_zero(axis)
     axis.legend(loc="upper left")
@@ -160,13 +158,14 @@ def main(results: Path = HERE / "results.jsonl") -> None:
     """Prints the tables and draws the pictures."""
     groups = read(results)
     lines = ["Main table, ciphers", "", *table(groups, "main", LABELS), ""]
-    lines += ["| difference after 5 steps | points (95%) |", "|---|---|"]
+    lines += ["| difference after 5 steps, same seeds | points (95%) |", "|---|---|"]
     for first in ("joint", "reptile", "fomaml, learned scalar", "fomaml, learned tensor"):
-        lines.append(difference(groups, first, "fomaml"))
-    for group in ("axes", "lora", "search"):
+        if line := difference(groups, first, "fomaml"):
+            lines.append(line)
+    for group in ("axes", "lora", "first", "search"):
         names = {name: name for name in groups[group]}
         lines += ["", group, "", *table(groups, group, names)]
-    print("\n".join(line for line in lines if line is not None))
+    print("\n".join(lines))
     with plt.rc_context(STYLE):
         draw_steps(groups, ASSETS / "few_shot_steps.png")
         draw_axes(groups, ASSETS / "few_shot_axes.png")

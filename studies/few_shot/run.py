@@ -93,6 +93,7 @@ class Job:
 JOINT_RATES = ("--outer-lr", "1e-3"), ("--inner-lr", "1e-3")
 NONE_RATE = ("--inner-lr", "5e-3")
 REPTILE_EPSILON = ("--reptile-epsilon", "1.0")
+FROM = ("--inner-lr", "5e-3")  # where learned rates start, and Reptile's
 IN_CONTEXT_RATE = ("--outer-lr", "2e-3")
 
 
@@ -133,10 +134,14 @@ def main_table(seeds: Sequence[int]) -> list[Job]:
                     (", adapted at 5e-3", (*NO_PROMPT, "--inner-lr", "5e-3")),
                 ),
             ),
-            job("reptile", train=(*REPTILE, *REPTILE_EPSILON)),
+            job(
+                "reptile",
+                train=(*REPTILE, *REPTILE_EPSILON, *FROM),
+                measures=(("", (*NO_PROMPT, *FROM)),),
+            ),
             job("in_context", train=(*IN_CONTEXT, *IN_CONTEXT_RATE), measures=(("", ()),)),
-            job("fomaml, learned tensor", train=("--learn-inner-lr", "tensor"), own=True),
-            job("fomaml, learned scalar", train=("--learn-inner-lr", "scalar"), own=True),
+            job("fomaml, learned tensor", train=("--learn-inner-lr", "tensor", *FROM), own=True),
+            job("fomaml, learned scalar", train=("--learn-inner-lr", "scalar", *FROM), own=True),
         ]
     return jobs
 
