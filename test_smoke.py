@@ -66,7 +66,7 @@ META_STEPS = [
 # Its last step, number 12, has a meta-gradient
 AMFT_STEPS = [
     "--steps", "12", "--save-every", "6", "--warmup-steps", "1", "--mu-every", "12",
-    "--prompts-per-step", "4", "--samples", "4", "--max-new-tokens", "16", "--eval-every", "0",
+    "--prompts-per-step", "4", "--samples", "4", "--max-new-tokens", "32", "--eval-every", "0",
     "--eval-problems", "4", "--validation-prompts", "8", "--validation-size", "8", "--show", "1",
 ]  # fmt: skip
 

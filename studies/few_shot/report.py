@@ -4,6 +4,7 @@ Prints the tables of docs/studies/few_shot.md and writes its two pictures to ass
 """
 
 import json
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -14,7 +15,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from measure import bootstrap
-from plots import AFTER, COLOURS, GREY, STYLE, from_zero
+from plots import AFTER, COLOURS, GREY, STYLE, from_zero, line
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent.parent / "assets"
@@ -32,8 +33,8 @@ LABELS = {
 def read(file: Path) -> dict[str, dict[str, list[dict]]]:
     """{group: {name: rows}}."""
     groups = defaultdict(lambda: defaultdict(list))
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
+    for text in file.read_text().splitlines():
+        row = json.loads(text)
         groups[row["group"]][row["name"]].append(row)
     return groups
 
@@ -108,7 +109,7 @@ def curve(rows: list[dict]) -> list[float]:
 
 def draw_steps(groups: dict, out: Path) -> None:
     """Accuracy over adaptation steps of every arm; those in context as horizontal lines."""
-    fig, axis = plt.subplots(figsize=(6.4, 4.0))
+    fig, axis = plt.subplots(figsize=(7.4, 3.6))
     for colour, (name, label) in zip(COLOURS, LABELS.items(), strict=False):
         rows = groups["main"].get(name, [])
         if not rows:
@@ -124,7 +125,25 @@ def draw_steps(groups: dict, out: Path) -> None:
         axis.axhline(height, color=GREY, linestyle=":", label="no training, rows in the prompt")
     axis.set(xlabel="Adam steps on 30 rows of a new cipher", ylabel="exact answers (%)")
     from_zero(axis)
-    axis.legend(loc="upper left")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    fig.savefig(out)
+    plt.close(fig)
+
+
+def draw_training(groups: dict, out: Path) -> None:
+    """Query loss over the meta-steps: after adaptation, or in context; several seeds as mean and
+    range."""
+    fig, axis = plt.subplots(figsize=(7.4, 3.2))
+    arms = [(LABELS[name], groups["main"].get(name, [])) for name in LABELS if name != "none"]
+    earlier = groups["first"].get("fomaml, inner 5e-3, outer 1e-3", [])
+    arms.append(("FOMAML at an inner rate of 5e-3", earlier))
+    for colour, (label, rows) in zip((*COLOURS[1:], GREY), arms, strict=True):
+        seeds = [list(enumerate(row["training"]["losses"], 1)) for row in rows]
+        line(axis, seeds, colour, label=label, window=7)
+    chance = 2 * math.log(10) / 6  # two digits of six response tokens
+    axis.axhline(chance, color=GREY, linestyle=":", label="chance")
+    axis.set(xlabel="meta-step", ylabel="query loss (nats/token)", ylim=(0, 1.2))
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.savefig(out)
     plt.close(fig)
 
@@ -160,15 +179,17 @@ def main(results: Path = HERE / "results.jsonl") -> None:
     lines = ["Main table, ciphers", "", *table(groups, "main", LABELS), ""]
     lines += ["| difference after 5 steps, same seeds | points (95%) |", "|---|---|"]
     for first in ("joint", "reptile", "fomaml, learned scalar", "fomaml, learned tensor"):
-        if line := difference(groups, first, "fomaml"):
-            lines.append(line)
+        if text := difference(groups, first, "fomaml"):
+            lines.append(text)
     for group in ("axes", "lora", "first", "search"):
         names = {name: name for name in groups[group]}
         lines += ["", group, "", *table(groups, group, names)]
     print("\n".join(lines))
     with plt.rc_context(STYLE):
         draw_steps(groups, ASSETS / "few_shot_steps.png")
-        draw_axes(groups, ASSETS / "few_shot_axes.png")
+        draw_training(groups, ASSETS / "few_shot_training.png")
+        if groups["axes"].keys() & {"16 rules", "64 rules", "10 rows", "5 rows"}:
+            draw_axes(groups, ASSETS / "few_shot_axes.png")
 
 
 if __name__ == "__main__":
