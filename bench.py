@@ -276,6 +276,8 @@ def lora_ours(name: str, device: str, rows: int, length: int) -> Callable[[], No
     args = meta_lora.Args(
         inner_optimizer="adam",
         inner_lr=1e-3,
+        inner_steps=10,
+        dropout=0.05,
         support_batch=rows,
         query_batch=rows,
         tasks_per_step=4,
@@ -308,7 +310,7 @@ def lora_peft(name: str, device: str, rows: int, length: int) -> Callable[[], No
 
     import meta_lora
 
-    args = meta_lora.Args()
+    args = meta_lora.Args(dropout=0.05)
     config = peft.LoraConfig(
         r=args.lora_r,
         lora_alpha=args.alpha,

@@ -252,6 +252,8 @@ def load_tasks(
     if data == "embedded":
         tasks = _embedded_tasks(make, task_column, max_samples, seed)
     elif data in ("ciphers", "orders"):
+        if task_column is not None:
+            raise DataError(f"--task-column {task_column}: each of the {data} is a task already")
         tasks = _hidden_rule_tasks(make, data)
     elif data and (expanded(data) / "meta_train").is_dir():
         tasks = _prepared_tasks(expanded(data), task_column)

@@ -346,6 +346,8 @@ def by_chunks(function: Callable, vocabulary: int, *rows: torch.Tensor) -> list:
 
 def _token_losses(model, input_ids, labels, **pictures) -> torch.Tensor:
     model = getattr(model, "lm", model)  # a Policy's
+    if hasattr(model, "get_base_model"):  # PEFT's, with the adapters in its layers
+        model = model.get_base_model()
     labels = labels[:, 1:]  # [B, T-1]
     wanted = labels != -100
     hidden = hidden_states(model, input_ids=input_ids, **pictures)[:, :-1][wanted]  # [n, H]

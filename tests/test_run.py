@@ -184,10 +184,11 @@ BAD = {
         ("--replicas 2", "--replicas 2 does not divide the 1 ranks"),
         ("--data /no/such", "no such file or folder"),
         ("--model /no/such", "no such model folder"),
-        ("--support-batch 100", "it needs 100"),
+        ("--support-batch 100", "more than the --shots 30"),
         ("--support-ratio 0.7", "sum to at most 1"),
         ("--heldout-subjects Topology", "no such task or subject"),
-        ("--task-column colour", "grouped by family or subject"),
+        ("--data embedded --task-column colour", "grouped by family or subject"),
+        ("--task-column colour", "each of the ciphers is a task already"),
         ("--meta-gradient maml --micro-batch 1", "one process"),
         ("--max-length 8", "needs"),
         ("--inner-lr nan", "must be in (0, 100]"),
@@ -269,7 +270,7 @@ def test_command_lines(tmp_path, small_model, capsys):
     assert "all-reduce works" in dry
     assert run_here(amft, "--model", bare, "--dry-run") == 0
     assert "ready" in capsys.readouterr().out
-    assert run_here(fomaml, "--model", bare, "--dry-run", "--support-batch", "50") == 1
+    assert run_here(fomaml, "--model", bare, "--dry-run", "--query-batch", "50") == 1
     assert "cannot finish: task" in capsys.readouterr().out
 
 
