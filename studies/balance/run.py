@@ -3,7 +3,7 @@
 A row for each run goes to results.jsonl beside this file; those that are there already are not made
 again, so a call that was killed goes on where it was. plan.md says what is run and why. One cell:
 
-    python studies/balance/run.py --seeds 0 --conditions A0.3 --arms amft --results /tmp/one.jsonl
+    python studies/balance/run.py --seeds 0 --conditions A0.3 --arms amft --results one.jsonl
 """
 
 import json
