@@ -3,7 +3,6 @@
 Prints the tables of docs/studies/balance.md and writes its two pictures to assets/.
 """
 
-import json
 import random
 import sys
 from collections import defaultdict
@@ -15,6 +14,7 @@ import matplotlib.pyplot as plt
 
 from plots import COLOURS, GREY, STYLE
 from studies.balance.run import ARMS, CONDITIONS
+from studies.runs import rows_of
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent.parent / "assets"
@@ -29,8 +29,7 @@ Cells = dict[tuple[str, str], dict[int, dict]]  # {(condition, arm): {seed: row}
 
 def read() -> Cells:
     cells: Cells = defaultdict(dict)
-    for line in (HERE / "results.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in rows_of(HERE / "results.jsonl"):
         cells[row["condition"], row["arm"]][row["seed"]] = row
     return cells
 

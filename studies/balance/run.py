@@ -6,17 +6,13 @@ again, so a call that was killed goes on where it was. plan.md says what is run 
     python studies/balance/run.py --seeds 0 --conditions A0.3 --arms amft --results one.jsonl
 """
 
-import json
-import os
 import platform
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +26,7 @@ from checker import grade
 from data import template
 from model import load_config, load_weights
 from policy import encode_prompts, sample
+from studies.runs import call, make_all, rows_of
 from tiny import conditions
 
 HERE = Path(__file__).resolve().parent
@@ -100,20 +97,12 @@ class Job(NamedTuple):
 
 def jobs_of(args: Args) -> Iterator[Job]:
     """Those that are not made yet, in the plan's order."""
-    done = set()
-    if args.results.exists():
-        for line in args.results.read_text().splitlines():
-            row = json.loads(line)
-            done.add(Job(row["seed"], row["condition"], row["arm"]))
+    done = {Job(row["seed"], row["condition"], row["arm"]) for row in rows_of(args.results)}
     for seed in args.seeds:
         for condition in args.conditions:
             for arm in args.arms:
                 if Job(seed, condition, arm) not in done:
                     yield Job(seed, condition, arm)
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def solved(model_folder: Path | str, tests: Path) -> str:
@@ -129,32 +118,27 @@ def solved(model_folder: Path | str, tests: Path) -> str:
     return "".join(str(int(grade(text, row["answer"]))) for text, row in pairs)
 
 
-def make(job: Job, runs: Path) -> dict:
+def make(job: Job, runs: Path) -> list[dict]:
     """Trains one arm in one condition; the row of its result. Raises RuntimeError."""
     torch.set_num_threads(1)
     folder = runs / f"{job.seed}-{job.condition}-{job.arm.replace(' ', '-')}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
+    log = folder / "log.txt"
+    with open(log, "w") as f, redirect_stdout(f):
         conditions.main(conditions.Args(folder, job.seed, (job.condition,)))
-        steps = STEPS.get(job.condition, 40)
-        flags = ARMS[job.arm]
-        flags = own = flags(steps) if callable(flags) else flags
-        if job.condition == "D" and job.arm not in ("luffy", "srft", "hpt"):
-            flags += ("--sft-data", str(folder / "D-sft"))
-        flags = (
-            *flags, "--data", folder / job.condition, "--suffix", "", "--steps", steps,
-            "--lr", "1e-4", "--seed", job.seed, "--eval-every", "-1", "--show", "0",
-            "--save-every", "1000", "--keep", "1", "--output-dir", folder / "run",
-        )  # fmt: skip
-        began, argv = time.time(), sys.argv
-        sys.argv = ["amft.py", *map(str, flags)]
-        try:
-            status = amft.cli()
-        finally:
-            sys.argv = argv
-    if status:
-        raise RuntimeError(f"exit status {status}, see {folder / 'log.txt'}")
+    steps = STEPS.get(job.condition, 40)
+    flags = ARMS[job.arm]
+    flags = own = flags(steps) if callable(flags) else flags
+    if job.condition == "D" and job.arm not in ("luffy", "srft", "hpt"):
+        flags += ("--sft-data", str(folder / "D-sft"))
+    flags = (
+        *flags, "--data", folder / job.condition, "--suffix", "", "--steps", steps,
+        "--lr", "1e-4", "--seed", job.seed, "--eval-every", "-1", "--show", "0",
+        "--save-every", "1000", "--keep", "1", "--output-dir", folder / "run",
+    )  # fmt: skip
+    began = time.time()
+    call(amft, flags, log)
     metrics = rows_of(folder / "run" / "metrics.jsonl")
     right = solved(folder / "run" / "checkpoint", folder / job.condition / "test.jsonl")
     row = {**job._asdict(), "flags": own, "right": right}
@@ -169,28 +153,13 @@ def make(job: Job, runs: Path) -> dict:
     row |= {"machine": platform.machine(), "date": time.strftime("%Y-%m-%d %H:%M")}
     row["wall_seconds"] = time.time() - began
     shutil.rmtree(folder)
-    return row
+    return [row]
 
 
 def main(args: Args) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    jobs = list(jobs_of(args))
-    print(f"{len(jobs)} runs to make", flush=True)
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(make, job, args.runs): job for job in jobs}
-        for future in as_completed(waiting):
-            job = waiting[future]
-            try:
-                row = future.result()
-            except RuntimeError as e:
-                print(f"{' '.join(map(str, job))}: {e}", flush=True)
-                continue
-            with args.results.open("a") as f:
-                f.write(json.dumps(row) + "\n")
-            print(
-                f"{' '.join(map(str, job))}: {row['right'].count('1')} of {len(row['right'])}",
-                flush=True,
-            )
+    for job, (row,) in make_all(make, list(jobs_of(args)), args.jobs, args.runs, args.results):
+        right = row["right"]
+        print(f"{' '.join(map(str, job))}: {right.count('1')} of {len(right)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Prints the tables of docs/studies/few_shot.md and writes its two pictures to assets/.
 """
 
-import json
 import math
 import sys
 from collections import defaultdict
@@ -16,6 +15,7 @@ import tyro
 
 from measure import bootstrap
 from plots import AFTER, COLOURS, GREY, STYLE, from_zero, line
+from studies.runs import rows_of
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent.parent / "assets"
@@ -33,8 +33,7 @@ LABELS = {
 def read(file: Path) -> dict[str, dict[str, list[dict]]]:
     """{group: {name: rows}}."""
     groups = defaultdict(lambda: defaultdict(list))
-    for text in file.read_text().splitlines():
-        row = json.loads(text)
+    for row in rows_of(file):
         groups[row["group"]][row["name"]].append(row)
     return groups
 

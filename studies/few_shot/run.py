@@ -6,17 +6,13 @@ so that a call that was killed goes on where it was. plan.md says what is run an
 """
 
 import json
-import os
 import platform
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -26,6 +22,7 @@ import tyro
 
 import fomaml
 import meta_lora
+from studies.runs import call, make_all, rows_of
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {"fomaml": fomaml, "meta_lora": meta_lora}
@@ -189,26 +186,6 @@ def lora() -> list[Job]:
 # Making them
 
 
-def call(script: str, flags: Sequence, log: Path) -> float:
-    """Seconds of a script's command line in this process. Raises RuntimeError where it fails."""
-    began, argv = time.time(), sys.argv
-    sys.argv = [f"{script}.py", *map(str, flags)]
-    try:
-        with open(log, "a") as f, redirect_stdout(f), redirect_stderr(f):
-            status = SCRIPTS[script].cli()
-    finally:
-        sys.argv = argv
-    if status:
-        raise RuntimeError(f"{' '.join(map(str, flags))}: exit status {status}, see {log}")
-    return time.time() - began
-
-
-def rows_of(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def make(job: Job, runs: Path) -> list[dict]:
     """The rows of a run's measurements."""
     torch.set_num_threads(1)
@@ -219,7 +196,7 @@ def make(job: Job, runs: Path) -> list[dict]:
     training, model = {}, "tiny"
     if job.train is not None:
         flags = (*STEPS, *job.train, *TRAINED, *seed, "--output-dir", trained)
-        seconds = call(job.script, flags, log)
+        seconds = call(SCRIPTS[job.script], flags, log)
         steps = rows_of(trained / "metrics.jsonl")
         training = {
             "seconds": seconds,
@@ -240,7 +217,7 @@ def make(job: Job, runs: Path) -> list[dict]:
         else:
             where = folder / f"measured-{i}"
             flags = ("--model", model, *NONE, *MEASURED, *flags, *seed)
-        seconds = call(job.script, (*flags, "--output-dir", where), log)
+        seconds = call(SCRIPTS[job.script], (*flags, "--output-dir", where), log)
         result = rows_of(where / "evaluations.jsonl")[-1]
         row = {"group": job.group, "name": job.name + label, "seed": job.seed}
         row |= {"script": job.script, "train": job.train, "measure": flags, "training": training}
@@ -259,7 +236,6 @@ def without_length(flags: Sequence) -> tuple:
 
 
 def main(args: Args) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
     done = {(row["group"], row["name"], row["seed"]) for row in rows_of(args.results)}
     groups = {"search": search, "axes": axes, "lora": lora}
     groups["main"] = partial(main_table, args.seeds)
@@ -269,23 +245,12 @@ def main(args: Args) -> None:
             made = all((job.group, name, job.seed) in done for name in job.names())
             if not made and (not args.only or job.name in args.only):
                 jobs.append(job)
-    print(f"{len(jobs)} runs to make", flush=True)
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(make, job, args.runs): job for job in jobs}
-        for future in as_completed(waiting):
-            job = waiting[future]
-            try:
-                rows = future.result()
-            except RuntimeError as e:
-                print(f"{job.group}/{job.name}/{job.seed}: {e}", flush=True)
-                continue
-            with open(args.results, "a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
-            for row in rows:
-                numbers = {k: round(v, 3) for k, v in row["mean"].items()}
-                seconds = row["training"].get("seconds", 0)
-                print(f"{row['group']}/{row['name']}/{row['seed']}: {numbers} {seconds:.0f} s")
-                sys.stdout.flush()
+    for _, rows in make_all(make, jobs, args.jobs, args.runs, args.results):
+        for row in rows:
+            numbers = {k: round(v, 3) for k, v in row["mean"].items()}
+            seconds = row["training"].get("seconds", 0)
+            name = f"{row['group']}/{row['name']}/{row['seed']}"
+            print(f"{name}: {numbers} {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
