@@ -284,16 +284,7 @@ def lora_ours(name: str, device: str, rows: int, length: int) -> Callable[[], No
     )
     episodes, tokens = random_episodes(4, 10, rows, length)
     world, base = World(torch.device(device)), loaded(name, device).requires_grad_(False)
-    adapters = meta_lora.Adapters(
-        base,
-        r=args.lora_r,
-        alpha=args.alpha,
-        dropout=args.dropout,
-        target_modules=args.target_modules,
-        rank_stabilised=args.rank_stabilised,
-        seed=args.seed,
-        device=world.device,
-    )
+    adapters = meta_lora.add_adapters(args, base, world)
     learner = meta_lora.AdapterLearner(base, adapters, args, world, 0, tokens)
 
     def step() -> None:

@@ -30,9 +30,8 @@ import tyro
 import amft
 import fomaml
 import meta_lora
-from data import Encoded, Episode, Example
+from bench import random_episodes
 from games.play import Trajectory, Turn
-from lora import Adapters
 from model import World, gathered, parameter_count, set_gradients, setup
 from policy import sample
 
@@ -126,15 +125,6 @@ def weights_of(script, config, device: torch.device) -> Iterator[None]:
         script.load_weights = load
 
 
-def random_episode(name: str, support: int, query: int, length: int) -> tuple[Episode, dict]:
-    """An episode of rows of `length` random tokens, half of them response, and its tokens."""
-    rng, tokens = random.Random(name), {}
-    examples = [Example("", "", "", "", 0, f"{name}/{i}") for i in range(support + query)]
-    for example in examples:
-        tokens[example.id] = Encoded(rng.choices(range(20, 500), k=length), length // 2)
-    return Episode(name, examples[:support], examples[support:]), tokens
-
-
 # --------------------------------------------------------------------------------------------------
 # The steps
 
@@ -153,7 +143,7 @@ def fomaml_step(config, world: World, length: int, rows: int = 4, steps: int = 5
     )
     with weights_of(fomaml, config, world.device):
         model = fomaml.build(args, config, world)
-    episode, tokens = random_episode("0", rows * steps, rows, length)
+    (episode,), tokens = random_episodes(1, steps, rows, length)
     learner = fomaml.MetaLearner(model, args, world, 0, tokens)
     optimizer = torch.optim.AdamW(learner.params, lr=1e-6, fused=True)
 
@@ -184,21 +174,8 @@ def lora_round(config, world: World, length: int, tasks: int = 4, rows: int = 1)
     )
     with weights_of(meta_lora, config, world.device):
         model = meta_lora.build(args, config, world)
-    adapters = Adapters(
-        model,
-        r=args.lora_r,
-        alpha=args.alpha,
-        dropout=args.dropout,
-        target_modules=args.target_modules,
-        rank_stabilised=args.rank_stabilised,
-        seed=0,
-        device=world.device,
-    )
-    episodes, tokens = [], {}
-    for t in range(tasks):
-        episode, of_task = random_episode(str(t), 10 * rows, rows, length)
-        episodes.append(episode)
-        tokens |= of_task
+    adapters = meta_lora.add_adapters(args, model, world)
+    episodes, tokens = random_episodes(tasks, args.inner_steps, rows, length)
     learner = meta_lora.AdapterLearner(model, adapters, args, world, 0, tokens)
 
     def step() -> None:
@@ -292,22 +269,22 @@ def amft_step(config, world: World, length: int, sampling: bool, new: int = 512)
 
 def cases(args: Args) -> Iterator[Case]:
     small = args.sizes[0]
-    rule = {"fomaml": fomaml_cases, "meta_lora": lora_cases}
-    for group in args.groups:
-        if group in rule:
-            for size in args.sizes:
-                yield from rule[group](size, small)
-        elif group == "decode":
-            for batch in (1, 32, 256):
-                name = f"decode, 64 + 128 tokens, batch {batch}"
-                yield Case(f"{name}: ours", small, with_flags(decode_ours, batch=batch), 2)
-                yield Case(f"{name}: generate", small, with_flags(decode_generate, batch=batch), 2)
-        else:
-            for name, sampling in (("rollout", True), ("training step", False)):
-                prepare = with_flags(amft_step, sampling=sampling)
-                yield Case(
-                    f"GRPO {name}, 16 x 8 x (128 + 512)", small, prepare, 2 if sampling else 6
-                )
+    if "fomaml" in args.groups:
+        for size in args.sizes:
+            yield from fomaml_cases(size, small)
+    if "meta_lora" in args.groups:
+        name = "MeTA-LoRA round, T = 4, K = 10, 1 row a task, recomputed"
+        for size in args.sizes:
+            yield Case(name, size, lora_round, 4)
+    if "decode" in args.groups:
+        for batch in (1, 32, 256):
+            name = f"decode, 64 + 128 tokens, batch {batch}"
+            yield Case(f"{name}: ours", small, partial(decode_ours, batch=batch), 2)
+            yield Case(f"{name}: generate", small, partial(decode_generate, batch=batch), 2)
+    if "amft" in args.groups:
+        size = "16 x 8 x (128 + 512)"
+        yield Case(f"GRPO rollout, {size}", small, partial(amft_step, sampling=True), 2)
+        yield Case(f"GRPO training step, {size}", small, partial(amft_step, sampling=False), 6)
 
 
 def fomaml_cases(size: str, small: str) -> Iterator[Case]:
@@ -315,25 +292,16 @@ def fomaml_cases(size: str, small: str) -> Iterator[Case]:
     recomputed = {"activation_checkpointing": True}
     if size == small:
         yield Case(name, size, fomaml_step)
-        yield Case(f"{name}, --compile", size, with_flags(fomaml_step, compile=True))
+        yield Case(f"{name}, --compile", size, partial(fomaml_step, compile=True))
         for flag in ("offload_theta", "cpu_offload"):
-            prepare = with_flags(fomaml_step, **{flag: True}, **recomputed)
+            prepare = partial(fomaml_step, **{flag: True}, **recomputed)
             label = f"--{flag.replace('_', '-')}"
             yield Case(f"{name}, recomputed, {label}", size, prepare)
     if size == "4B":  # five buffers of 16 GB are too many
-        prepare = with_flags(fomaml_step, offload_theta=True, micro_batch=0, **recomputed)
+        prepare = partial(fomaml_step, offload_theta=True, **recomputed)
         yield Case(f"{name}, recomputed, --offload-theta", size, prepare)
     else:
-        yield Case(f"{name}, recomputed", size, with_flags(fomaml_step, **recomputed))
-
-
-def lora_cases(size: str, small: str) -> Iterator[Case]:
-    name = "MeTA-LoRA round, T = 4, K = 10, 1 row a task, recomputed"
-    yield Case(name, size, lora_round, 4)
-
-
-def with_flags(prepare: Callable, **flags) -> Callable:
-    return partial(prepare, **flags)
+        yield Case(f"{name}, recomputed", size, partial(fomaml_step, **recomputed))
 
 
 # --------------------------------------------------------------------------------------------------

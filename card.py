@@ -3,11 +3,7 @@
 import json
 from pathlib import Path
 
-from sources import reason_of
-
-
-class HubError(ValueError):
-    """The hub cannot be used as asked; the message is one line for the user."""
+from sources import DataError, reason_of
 
 
 def model_card(run_folder: Path, project: str, step: int, adapter: bool = False) -> str:
@@ -69,17 +65,17 @@ def evaluation_table(file: Path, step: int) -> list[str]:
 
 
 def check_hub() -> None:
-    """Raises HubError where nobody is logged in, before anything expensive."""
+    """Raises DataError where nobody is logged in, before anything expensive."""
     from huggingface_hub import HfApi
 
     try:
         HfApi().whoami()
     except Exception as e:  # of many kinds: no token, a wrong one, no network
-        raise HubError(f"--push-to-hub needs a login (hf auth login): {reason_of(e)}") from None
+        raise DataError(f"--push-to-hub needs a login (hf auth login): {reason_of(e)}") from None
 
 
 def push_to_hub(checkpoint: Path, repository: str) -> str:
-    """Uploads a checkpoint without what only resuming needs; its address. Raises HubError."""
+    """Uploads a checkpoint without what only resuming needs; its address. Raises DataError."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -89,7 +85,7 @@ def push_to_hub(checkpoint: Path, repository: str) -> str:
             repo_id=repository, folder_path=checkpoint.resolve(), ignore_patterns=["state/*"]
         )
     except Exception as e:
-        raise HubError(
+        raise DataError(
             f"--push-to-hub {repository}: {reason_of(e)}; {checkpoint} is kept"
         ) from None
     return str(address)

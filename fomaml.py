@@ -753,7 +753,8 @@ def main(args: Args, world: World) -> int:
         if run.stopped:
             break
         dist.all_reduce(losses)
-        dist.all_reduce(learner.rate_gradient)
+        if learn_rates:
+            dist.all_reduce(learner.rate_gradient)
         world.sum_over_replicas(learner.meta_gradient)
 
         # theta <- AdamW(theta, clip(mean_i g_i))

@@ -517,6 +517,20 @@ def build(args: Args, config, world: World):
     return model.train()
 
 
+def add_adapters(args: Args, model, world: World) -> Adapters:
+    """phi, beside the frozen model's target layers."""
+    return Adapters(
+        model,
+        r=args.lora_r,
+        alpha=args.alpha,
+        dropout=args.dropout,
+        target_modules=args.target_modules,
+        rank_stabilised=args.rank_stabilised,
+        seed=args.seed,
+        device=world.device,
+    )
+
+
 def main(args: Args, world: World) -> int:
     config, tokenizer, tasks, test_tasks, tokens = prepare(args, world)
     run = Run(  # folder, log, progress bar, Ctrl-C, checkpoints
@@ -531,16 +545,7 @@ def main(args: Args, world: World) -> int:
     )
     run.warn(rate_warnings(args, {"outer_lr": 2e-3, "inner_lr": 2e-3}))
     model = build(args, config, world)
-    adapters = Adapters(
-        model,
-        r=args.lora_r,
-        alpha=args.alpha,
-        dropout=args.dropout,
-        target_modules=args.target_modules,
-        rank_stabilised=args.rank_stabilised,
-        seed=args.seed,
-        device=world.device,
-    )
+    adapters = add_adapters(args, model, world)
     learner = AdapterLearner(model, adapters, args, world, tokenizer.pad_token_id, tokens)
     optimizer = torch.optim.AdamW(
         adapters.phi, lr=args.outer_lr, betas=args.betas, weight_decay=args.weight_decay

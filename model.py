@@ -311,6 +311,12 @@ def turn_off_dropout(model) -> None:
 # Loss and learning rate
 
 
+def causal_lm(model):
+    """The Hugging Face model itself, of a Policy or of PEFT's, whose adapters are in its layers."""
+    model = getattr(model, "lm", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def hidden_states(model, **inputs) -> torch.Tensor:
     """[B, T, H]: what the output head reads."""
     base = model.base_model
@@ -345,9 +351,7 @@ def by_chunks(function: Callable, vocabulary: int, *rows: torch.Tensor) -> list:
 
 
 def _token_losses(model, input_ids, labels, **pictures) -> torch.Tensor:
-    model = getattr(model, "lm", model)  # a Policy's
-    if hasattr(model, "get_base_model"):  # PEFT's, with the adapters in its layers
-        model = model.get_base_model()
+    model = causal_lm(model)
     labels = labels[:, 1:]  # [B, T-1]
     wanted = labels != -100
     hidden = hidden_states(model, input_ids=input_ids, **pictures)[:, :-1][wanted]  # [n, H]
@@ -387,7 +391,7 @@ def token_loss(model, batch: dict, weights: dict | None = None) -> torch.Tensor:
 @torch.no_grad()
 def check_head(model, world: World) -> None:
     """Raises ModelError where the model makes its logits in a way that `head` does not know."""
-    lm, ids = getattr(model, "lm", model), torch.arange(2, 10, device=world.device)[None]
+    lm, ids = causal_lm(model), torch.arange(2, 10, device=world.device)[None]
     with gathered(model):
         ours = token_loss(model, {"input_ids": ids, "labels": ids})
         logits = lm(input_ids=ids, use_cache=False).logits[0, :-1].float()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from card import HubError, check_hub, model_card, push_to_hub
+from card import check_hub, model_card, push_to_hub
 from model import (
     EMBEDDED,
     ModelError,
@@ -660,7 +660,7 @@ def start(script: str, args, check: Callable, examine: Callable, main: Callable)
             check_hub()
         world = setup(args.replicas)
         return dry_run(args, world, examine) if args.dry_run else main(args, world)
-    except (DataError, ModelError, HubError, OSError) as e:
+    except (DataError, ModelError, OSError) as e:
         if rank == 0:
             print(f"{script}: {e}", file=sys.stderr, flush=True)
         else:

@@ -5,7 +5,8 @@ import pytest
 
 import amft
 import meta_lora
-from card import HubError, model_card, push_to_hub
+from card import model_card, push_to_hub
+from data import DataError
 from tests.helpers import logged, run_here
 
 LORA = [
@@ -67,7 +68,7 @@ def test_a_run_is_uploaded_with_its_card(hub, tmp_path):
 
 
 def test_uploads_that_fail(hub, monkeypatch, tmp_path, capsys):
-    with pytest.raises(HubError, match="not/mine: 403 Forbidden; .* is kept"):
+    with pytest.raises(DataError, match="not/mine: 403 Forbidden; .* is kept"):
         push_to_hub(tmp_path, "not/mine")
     monkeypatch.setattr(Hub, "logged_in", False)
     assert run_here(amft, "--push-to-hub", "me/x", "--output-dir", tmp_path / "r") == 2
