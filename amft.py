@@ -62,6 +62,7 @@ from games.problems import load_demonstrations, load_problems
 from games.rules import own_function
 from lora import AdapterCheckpoint, Adapters, adapter_size, check_targets, write_merged
 from measure import (
+    equally_good,
     play_tests,
     rollout_metrics,
     rollout_warnings,
@@ -1001,7 +1002,7 @@ class PolicyLearner:
         return D
 
     def grad_mu(self, groups: list[list[Trajectory]], derivative) -> tuple[float, float]:
-        """grad_mu U = < grad U, d theta / d mu > (5), and its signal-to-noise ratio. Collective.
+        """grad_mu U = < grad U, d theta / d mu > (5), and its standard deviation. Collective.
 
         groups: of validation prompts, at the new theta. grad U is a policy gradient: the
         log-probability of a trajectory's turns, times its return (undiscounted) against the others
@@ -1024,8 +1025,7 @@ class PolicyLearner:
             self.backward(Pass(rows, {"utility": (utility_loss, 1.0)}, [(gradient, 1.0)]))
             self.sum_over_ranks(gradient)
             halves.append(-self.dot(gradient, derivative))
-        mean, noise = sum(halves) / 2, abs(halves[0] - halves[1]) / 2
-        return mean, abs(mean) / max(noise, 1e-30)
+        return sum(halves) / 2, abs(halves[0] - halves[1]) / 2
 
 
 def trained_weights(policy: Policy) -> list[tuple[str, torch.nn.Parameter]]:
@@ -1431,18 +1431,29 @@ def longest_row(args: Args, config, tokenizer, processor, train) -> int:
         for turn in demonstrate(tokenizer, train, seed, processor).turns:
             longest = max(longest, len(turn.prompt) + max(len(turn.ids), args.max_new_tokens))
     check_positions(config, longest, "--max-new-tokens or --max-length")
+    return longest
+
+
+def prepare(args: Args, world: World) -> tuple:
+    """(what load_readers and load_task give but the report, which is said; longest_row).
+
+    All that can be known without weights. Raises DataError or ModelError.
+    """
+    readers = config, tokenizer, processor = load_readers(
+        args.model, args.vision, args.trust_remote_code
+    )
+    *games, report = load_task(args, tokenizer)
+    world.say(report)
+    longest = longest_row(args, config, tokenizer, processor, games[0])
     if args.lora_r:
         base = skeleton(config, trust_remote_code=args.trust_remote_code)
         check_targets(base, args.target_modules)
-    return longest
+    return readers, games, longest
 
 
 def examine(args: Args, world: World) -> list[str]:
     """--dry-run: prints what there is and what it needs; returns what would not work."""
-    config, tokenizer, processor = load_readers(args.model, args.vision, args.trust_remote_code)
-    train, _, _, _, report = load_task(args, tokenizer)
-    world.say(report)
-    longest = longest_row(args, config, tokenizer, processor, train)
+    (config, _, _), _, longest = prepare(args, world)
     responses = args.prompts_per_step * args.samples
     world.say(f"{responses} responses per step, at most {responses * longest:,} tokens")
     kept = min(args.keep, -(-args.steps // args.save_every)) + 1
@@ -1588,8 +1599,10 @@ def rollout(args: Args, actor: Actor, game, seeds: list[int], samples: int, step
     groups = actor.rollout(game, seeds, samples, step)
     drawn = sum(map(len, groups))
     for k in range(1, args.dynamic_sampling + 1):
+        if actor.stop.agreed():
+            break
         equal = [i for i, group in enumerate(groups) if equally_good(group)]
-        if actor.stop.agreed() or actor.world.sum(len(equal))[0] == 0:
+        if actor.world.sum(len(equal))[0] == 0:
             break
         others = [seeds[i] + k * 10**6 for i in equal]
         new = actor.rollout(game, others, samples, f"{step}/{k}")
@@ -1597,10 +1610,6 @@ def rollout(args: Args, actor: Actor, game, seeds: list[int], samples: int, step
             seeds[i], groups[i] = seed, group
             drawn += len(group)
     return seeds, groups, drawn
-
-
-def equally_good(group: list[Trajectory]) -> bool:
-    return len({sum(turn.reward for turn in trajectory.turns) for trajectory in group}) < 2
 
 
 def evaluate(args: Args, actor: Actor, tests: dict, validation, step: int) -> tuple:
@@ -1630,10 +1639,9 @@ def target_entropy(args: Args, actor: Actor, learner: PolicyLearner, validation)
 
 
 def main(args: Args, world: World) -> int:
-    config, tokenizer, processor = load_readers(args.model, args.vision, args.trust_remote_code)
-    train, shown, validation, tests, report = load_task(args, tokenizer)
-    world.say(report)
-    longest_row(args, config, tokenizer, processor, train)
+    readers, games, _ = prepare(args, world)
+    config, tokenizer, processor = readers
+    train, shown, validation, tests = games
     run = Run(  # folder, log, progress bar, Ctrl-C, checkpoints
         "amft",
         args,
@@ -1727,13 +1735,11 @@ def main(args: Args, world: World) -> int:
                 seeds = actor.mine(args.validation_prompts, first)
                 key = f"{step}/validation"  # to the end, as the step is taken and mu belongs to it
                 trials = actor.rollout(validation, seeds, args.samples, key, to_the_end=True)
-                grad_mu, signal_to_noise = learner.grad_mu(trials, derivative)
-                noise = abs(grad_mu) / signal_to_noise if grad_mu else 0.0
-                metrics |= {"grad_mu": grad_mu, "grad_mu_snr": signal_to_noise}
+                grad_mu, noise = learner.grad_mu(trials, derivative)
+                metrics |= {"grad_mu": grad_mu, "grad_mu_snr": abs(grad_mu) / max(noise, 1e-30)}
             metrics["entropy_target"] = controller.state["entropy_target"]
-            if (
-                "entropy" in metrics
-            ):  # it is not where all of a step's responses were cut and masked
+            # There is no entropy where all of a step's responses were cut and masked
+            if "entropy" in metrics:
                 metrics |= controller.move(step + 1, grad_mu, metrics["entropy"], noise)
         elif method.learns_mu == "by_noise" and result.D is not None and result.finite:
             metrics |= controller.balance(learner.noise(result))

@@ -322,6 +322,11 @@ def play_tests(play: Callable, tests: dict[str, tuple], world: World, stop) -> d
     return result
 
 
+def equally_good(group: list) -> bool:
+    """Whether a prompt's trajectories all have the same reward, so that none stands out."""
+    return len({trajectory.returns()[0] for trajectory in group}) == 1
+
+
 def rollout_metrics(groups: list[list], world: World) -> dict[str, float]:
     """Reward, length and truncation of a step's rollouts, over all ranks. Collective.
 
@@ -330,7 +335,7 @@ def rollout_metrics(groups: list[list], world: World) -> dict[str, float]:
     trajectories = [t for group in groups for t in group]
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     rewards = [t.returns()[0] for t in trajectories]
-    equal = sum(len({t.returns()[0] for t in group}) == 1 for group in groups)
+    equal = sum(map(equally_good, groups))
     n, reward, square, won, length, cut, n_turns, equal, n_groups = world.sum(
         len(rewards),
         sum(rewards),

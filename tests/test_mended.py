@@ -1524,7 +1524,8 @@ def found_by_ranks(world: World) -> dict:
     learner = amft.PolicyLearner(args, policy.train(), optimizer, world, 0)
     direction = [p.clone() for p in learner.local_params]
     groups = [validation_group()] * (2 // world.size)
-    grad_mu, signal_to_noise = learner.grad_mu(groups, direction)
+    grad_mu, noise = learner.grad_mu(groups, direction)
+    signal_to_noise = abs(grad_mu) / max(noise, 1e-30)
 
     config, tokenizer, processor = load_readers(args.model, True)
     train, *_ = amft.load_task(args, tokenizer)
