@@ -8,7 +8,7 @@ support rows for K inner steps and fresh query rows.
 Sources, one flag `--data`:
     ciphers        generated (tiny/hidden_rules.py): each task hides a digit cipher that its prompts
                    do not tell, so only the support rows can answer the query. No download.
-    orders         the same with an order in which five digits are to be written.
+    changes        the same with a readable change of each of the two digits.
     embedded       generated (tiny/problems.py): the 7 MATH subjects, 8 families each, 5 levels.
                    Tasks are the families that the tiny model was not pre-trained on; one of each
                    subject is held out.
@@ -243,7 +243,7 @@ def load_tasks(
     task_column: what makes a task. Embedded problems: "family" (default) or "subject". Files: a
     column name (default: the first of task, subject, type). heldout: names of tasks or of subjects
     to keep out of meta-training; None of them: the embedded held-out families and the last
-    ciphers and orders are held out, of other sources nothing is. max_samples: rows per task, 0 for
+    ciphers and changes are held out, of other sources nothing is. max_samples: rows per task, 0 for
     all. A source with its own test split (hub, a folder with a test file) keeps it, and its other
     rows are shared between support and query. Raises DataError.
     """
@@ -251,7 +251,7 @@ def load_tasks(
     make = partial(_task, support_ratio=support_ratio, query_ratio=query_ratio, seed=seed)
     if data == "embedded":
         tasks = _embedded_tasks(make, task_column, max_samples, seed)
-    elif data in ("ciphers", "orders"):
+    elif data in ("ciphers", "changes"):
         if task_column is not None:
             raise DataError(f"--task-column {task_column}: each of the {data} is a task already")
         tasks = _hidden_rule_tasks(make, data)
@@ -312,11 +312,11 @@ def _by_subject(families: dict[str, list[Example]]) -> dict[str, list[Example]]:
 
 
 def _hidden_rule_tasks(make: Callable, data: str) -> list[Task]:
-    from tiny.hidden_rules import CIPHERS, HELD_OUT, ORDERS, cipher_rows, order_rows
+    from tiny.hidden_rules import CHANGES, CIPHERS, HELD_OUT, change_rows, cipher_rows
 
     kind, rows_of, count = "cipher", cipher_rows, CIPHERS
-    if data == "orders":
-        kind, rows_of, count = "order", order_rows, ORDERS
+    if data == "changes":
+        kind, rows_of, count = "change", change_rows, CHANGES
     tasks = []
     for i in range(count):
         rows = _generated(rows_of(i), f"{kind}-{i}/", digits=2)
@@ -763,7 +763,7 @@ class Args:
     """Folder to write: meta_train/{task}_support.parquet, meta_train/{task}_query.parquet,
     few_shot_eval/{task}_test.parquet."""
     data: str = "embedded"
-    """embedded, ciphers, orders, hub (EleutherAI/hendrycks_math), or a local file or folder."""
+    """embedded, ciphers, changes, hub (EleutherAI/hendrycks_math), or a local file or folder."""
     task_column: str | None = None
     """Column that names a row's task (default: task, subject or type; embedded: family or
     subject)."""

@@ -113,7 +113,7 @@ class Args:
     model: str = "tiny"
     """tiny (embedded, 1.2M parameters), a local folder in Hugging Face format, or a hub name."""
     data: str = "ciphers"
-    """ciphers (1,000 tasks that hide a digit cipher), orders (120 that hide an order of digits),
+    """ciphers (1,000 tasks that hide a digit cipher), changes (64 that hide a change of digits),
     embedded (generated problems of MATH's subjects), hub (EleutherAI/hendrycks_math), or a file or
     folder; see data.py."""
     task_column: str | None = None

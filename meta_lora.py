@@ -100,7 +100,7 @@ class Args:
     model: str = "tiny"
     """tiny (embedded), a local folder in Hugging Face format, or a hub name: the frozen base."""
     data: str = "ciphers"
-    """ciphers (1,000 tasks that hide a digit cipher), orders (120 that hide an order of digits),
+    """ciphers (1,000 tasks that hide a digit cipher), changes (64 that hide a change of digits),
     embedded (generated problems of MATH's subjects), hub (EleutherAI/hendrycks_math), or a file or
     folder; see data.py."""
     task_column: str | None = None

@@ -199,7 +199,7 @@ def local_tables(place: str) -> list[tuple[str, bool, list[dict]]]:
     if not place or not path.exists():
         raise DataError(
             f"no such file or folder: {place} (--data takes ciphers, "
-            "orders, embedded, hub or a path)"
+            "changes, embedded, hub or a path)"
         )
     files = [path] if path.is_file() else _files(path)
     if not files or not all(file.name.endswith(SUFFIXES) for file in files):

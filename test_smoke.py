@@ -58,7 +58,7 @@ def smoke_model(tmp_path_factory):
 # First steps, by the command line
 
 META_STEPS = [
-    "--data", "orders",
+    "--data", "changes",
     "--steps", "4", "--save-every", "2", "--inner-steps", "2", "--tasks-per-step", "2",
     "--support-batch", "2", "--query-batch", "2", "--gain-every", "2", "--eval-every", "2",
     "--eval-problems", "4", "--eval-tasks", "2", "--eval-max-new-tokens", "4",

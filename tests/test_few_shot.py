@@ -24,7 +24,7 @@ def test_curve_and_prompts_of_an_evaluation(max_length, small_model, process_gro
     """Losses after 0 to K steps against torch.optim's; each question is answered at every step, and
     once with the support rows before it, where they fit."""
     _, tokenizer = load_config("tiny")
-    tasks = load_tasks("orders")[-2:]
+    tasks = load_tasks("changes")[-2:]
     rows = []
     for task in tasks:
         rows += task.support + task.test
@@ -86,7 +86,7 @@ def test_curve_and_prompts_of_an_evaluation(max_length, small_model, process_gro
 def test_all_prompts_must_fit(process_group, monkeypatch):
     """One that is too long, and none is measured: the means of tasks are of the same problems."""
     _, tokenizer = load_config("tiny")
-    tasks = [load_tasks(data)[-1] for data in ("orders", "ciphers")]  # prompts of two lengths
+    tasks = [load_tasks(data)[-1] for data in ("changes", "ciphers")]  # prompts of two lengths
     rows = tasks[0].test + tasks[1].test
     tokens, _ = encode(tokenizer, rows, 2048)
     monkeypatch.setattr(measure, "score", lambda *_, **__: None)
@@ -108,8 +108,8 @@ def test_in_context_arm_of_the_study(tmp_path, small_model, capsys):
     """The loss is that of the test rows behind the examples, without any step; of no example it is
     the model's own."""
     flags = [
-        "--model", small_model, "--data", "orders", "--few-shot", "0", "3", "--seeds", "2",
-        "--limit", "2", "--tasks", "order-119", "--adapt-steps", "2", "--max-length", "4",
+        "--model", small_model, "--data", "changes", "--few-shot", "0", "3", "--seeds", "2",
+        "--limit", "2", "--tasks", "change-63", "--adapt-steps", "2", "--max-length", "4",
         "--output-dir", tmp_path,
     ]  # fmt: skip
     assert run_here(evaluation, *flags, "--in-context") == 0
@@ -120,7 +120,7 @@ def test_in_context_arm_of_the_study(tmp_path, small_model, capsys):
     assert by_arm[name + " (in context)", 0, 0] == by_arm[name, 0, 0]
     _, tokenizer = load_config(name)
     model = load_weights(name)
-    (task,) = (t for t in load_tasks("orders") if t.name == "order-119")
+    (task,) = (t for t in load_tasks("changes") if t.name == "change-63")
     test = evaluation.evenly(task.test, 2)
     for seed in range(2):
         args = evaluation.Args(few_shot=(0, 3))
@@ -132,7 +132,7 @@ def test_in_context_arm_of_the_study(tmp_path, small_model, capsys):
 
 
 def test_examples_that_do_not_fit_are_refused(tmp_path, small_model, capsys):
-    flags = ["--model", small_model, "--data", "orders", "--few-shot", "30", "--in-context"]
+    flags = ["--model", small_model, "--data", "changes", "--few-shot", "30", "--in-context"]
     assert run_here(evaluation, *flags, "--output-dir", tmp_path / "o") == 2
     assert "positions: lower --few-shot" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()

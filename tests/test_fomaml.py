@@ -253,7 +253,7 @@ def test_in_context_gradient():
     """The mean over tasks of the gradient of the query loss behind the support rows: every token of
     the prompt built by hand, a support row that is there twice shown once."""
     _, tokenizer = load_config("tiny")
-    tasks = load_tasks("orders")[:2]
+    tasks = load_tasks("changes")[:2]
     model = small_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
     episodes = [sample_episode(tasks, 0, 0, place, 6, 2, shots=3) for place in range(2)]
     chat, expected = template(tokenizer), None

@@ -775,7 +775,7 @@ def prepared(folder: Path, sums: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("source", ["embedded", "subjects", "orders", "file", "prepared"])
+@pytest.mark.parametrize("source", ["embedded", "subjects", "changes", "file", "prepared"])
 def test_query_rows_are_not_in_the_support(source, sums, tmp_path):
     """Of every place of a meta-batch, and so of every replica."""
     data = {"subjects": "embedded", "file": str(sums)}.get(source, source)

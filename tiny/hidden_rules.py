@@ -8,7 +8,7 @@ import itertools
 import random
 
 CIPHERS = 1000
-ORDERS = 120
+CHANGES = 64
 HELD_OUT = 20  # the last ones of each
 
 
@@ -25,19 +25,32 @@ def cipher_rows(rule: int) -> list[dict]:
     return rows
 
 
-def order_rows(rule: int) -> list[dict]:
-    """100 problems of one order: the places of five different digits are exchanged.
+# What may happen to a digit: nothing, the next, the one before, two on, two back, five on, its
+# complement to 9, three times it; all modulo 10, so that each can be undone
+DIGIT_CHANGES = (
+    "0123456789",
+    "1234567890",
+    "9012345678",
+    "2345678901",
+    "8901234567",
+    "5678901234",
+    "9876543210",
+    "0369258147",
+)
 
-    There are 120 orders, numbered at random. Chance, for who knows that it is one of them: 0.8%.
-    What is to be found is a choice: which place each digit comes from.
+
+def change_rows(rule: int) -> list[dict]:
+    """All 100 problems of one pair of changes, the first for tens and the second for units.
+
+    There are 64 pairs, numbered at random. Chance, for who knows that it is one of them: some 3%.
+    What is to be found is a choice, of one of eight for either place.
     """
-    every = list(itertools.permutations(range(5)))
-    order = _shuffled(every, "orders")[rule]
-    rng, texts = random.Random("order texts"), {}
-    while len(texts) < 100:
-        digits = "".join(rng.sample("0123456789", 5))
-        texts[digits] = "".join(digits[place] for place in order)
-    return [_row("order", f"Move {digits}", moved) for digits, moved in texts.items()]
+    pairs = list(itertools.product(DIGIT_CHANGES, repeat=2))
+    tens, units = _shuffled(pairs, "changes")[rule]
+    rows = []
+    for a, b in itertools.product(range(10), repeat=2):
+        rows.append(_row("change", f"Alter {a}{b}", f"{tens[a]}{units[b]}"))
+    return rows
 
 
 def _shuffled(items, name: str) -> list:

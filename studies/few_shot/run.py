@@ -47,10 +47,10 @@ IN_CONTEXT = ("--meta-gradient", "in_context", "--query-batch", "5")
 class Args:
     """Make the runs of the study that results.jsonl does not hold yet."""
 
-    groups: tuple[str, ...] = ("search", "main", "axes", "lora")
+    groups: tuple[str, ...] = ("search", "main", "changes", "axes", "lora", "exact")
     """Which, and in which order."""
     seeds: tuple[int, ...] = (42, 43, 44)
-    """Of the main table."""
+    """Of main and changes, the tables of the two families."""
     only: tuple[str, ...] = ()
     """Names of runs, of those groups; default: all."""
     jobs: int = 1
@@ -114,32 +114,38 @@ def search() -> list[Job]:
     return jobs
 
 
-def main_table(seeds: Sequence[int]) -> list[Job]:
+def arms(data: str, seed: int) -> list[Job]:
+    """Every arm on one family of rules."""
+    joint_outer, joint_inner = JOINT_RATES
+    joint_measures = (
+        ("", (*NO_PROMPT, *joint_inner)),
+        (", adapted at 5e-3", (*NO_PROMPT, "--inner-lr", "5e-3")),
+    )
+    made = (
+        ("none", None, (("", NONE_RATE),)),
+        ("fomaml", (), (("", NO_PROMPT),)),
+        ("joint", (*JOINT, *joint_outer), joint_measures),
+        ("reptile", (*REPTILE, *REPTILE_EPSILON, *FROM), (("", (*NO_PROMPT, *FROM)),)),
+        ("in_context", (*IN_CONTEXT, *IN_CONTEXT_RATE), (("", ()),)),
+    )
+    group, of_data = ("main", ()) if data == "ciphers" else (data, ("--data", data))
+    jobs = []
+    for name, train, measures in made:
+        if train is not None:
+            train = (*of_data, *train)
+        measures = tuple((label, (*of_data, *flags)) for label, flags in measures)
+        jobs.append(Job(group, name, seed, train, measures))
+    for kind in ("tensor", "scalar"):
+        train = (*of_data, "--learn-inner-lr", kind, *FROM)
+        jobs.append(Job(group, f"fomaml, learned {kind}", seed, train, own=True))
+    return jobs
+
+
+def table_of(data: str, seeds: Sequence[int]) -> list[Job]:
     """Every arm with every seed, seed after seed."""
     jobs = []
     for seed in seeds:
-        job = partial(Job, "main", seed=seed)
-        joint_outer, joint_inner = JOINT_RATES
-        jobs += [
-            job("none", train=None, measures=(("", NONE_RATE),)),
-            job("fomaml", train=()),
-            job(
-                "joint",
-                train=(*JOINT, *joint_outer),
-                measures=(
-                    ("", (*NO_PROMPT, *joint_inner)),
-                    (", adapted at 5e-3", (*NO_PROMPT, "--inner-lr", "5e-3")),
-                ),
-            ),
-            job(
-                "reptile",
-                train=(*REPTILE, *REPTILE_EPSILON, *FROM),
-                measures=(("", (*NO_PROMPT, *FROM)),),
-            ),
-            job("in_context", train=(*IN_CONTEXT, *IN_CONTEXT_RATE), measures=(("", ()),)),
-            job("fomaml, learned tensor", train=("--learn-inner-lr", "tensor", *FROM), own=True),
-            job("fomaml, learned scalar", train=("--learn-inner-lr", "scalar", *FROM), own=True),
-        ]
+        jobs += arms(data, seed)
     return jobs
 
 
@@ -149,27 +155,26 @@ def axes() -> list[Job]:
     jobs = []
     for count in ("64", "16", "256", "4"):
         jobs.append(job(f"{count} rules", train=("--training-tasks", count)))
-    orders = ("--data", "orders")
-    joint_outer, joint_inner = JOINT_RATES
-    for name, flags in (
-        ("orders, none", None),
-        ("orders, fomaml", orders),
-        ("orders, in_context", (*orders, *IN_CONTEXT, *IN_CONTEXT_RATE)),
-        ("orders, joint", (*orders, *JOINT, *joint_outer)),
-    ):
-        measure = (
-            orders if name in ("orders, none", "orders, in_context") else (*orders, *NO_PROMPT)
-        )
-        jobs.append(job(name, train=flags, measures=(("", measure),)))
     for shots in ("10", "5"):
         rows = ("--shots", shots, "--support-batch", shots)
         jobs.append(job(f"{shots} rows", train=rows, measures=(("", (*rows, *NO_PROMPT)),)))
-    low = ("--inner-lr", "5e-4")
-    jobs.append(job("rate 5e-4", train=low, own=True))
-    jobs.append(job("rate 5e-4, learned", train=(*low, "--learn-inner-lr", "tensor"), own=True))
     rows = ("--shots", "60", "--support-batch", "60", "--support-ratio", "0.6")
     rows += ("--query-ratio", "0.2")
     jobs.append(job("60 rows", train=rows, measures=(("", (*rows, *NO_PROMPT)),)))
+    low = ("--inner-lr", "5e-4")
+    jobs.append(job("rate 5e-4", train=low, own=True))
+    jobs.append(job("rate 5e-4, learned", train=(*low, "--learn-inner-lr", "tensor"), own=True))
+    return jobs
+
+
+def exact() -> list[Job]:
+    """The exact gradient beside the first-order one: the same five SGD steps, on changes."""
+    sgd = ("--data", "changes", "--inner-optimizer", "sgd", "--inner-lr", "0.1")
+    jobs = []
+    for method in ("fomaml", "maml"):
+        train = (*sgd, "--meta-gradient", method)
+        measures = (("", (*sgd, *NO_PROMPT)),)
+        jobs.append(Job("exact", f"{method}, sgd", 42, train, measures))
     return jobs
 
 
@@ -237,8 +242,9 @@ def without_length(flags: Sequence) -> tuple:
 
 def main(args: Args) -> None:
     done = {(row["group"], row["name"], row["seed"]) for row in rows_of(args.results)}
-    groups = {"search": search, "axes": axes, "lora": lora}
-    groups["main"] = partial(main_table, args.seeds)
+    groups = {"search": search, "axes": axes, "lora": lora, "exact": exact}
+    groups["main"] = partial(table_of, "ciphers", args.seeds)
+    groups["changes"] = partial(table_of, "changes", args.seeds)
     jobs = []
     for group in args.groups:
         for job in groups[group]():
