@@ -37,7 +37,7 @@ STEPS = {"B1": 60, "B0.5": 60, "C": 60}  # else 40
 def sft_then_rl(share: float):
     """The flags for a run of so many steps."""
     return lambda steps: (
-        *("--method", "sft_then_rl", "--warmup-lr", "3e-4"),
+        *("--method", "sft_then_rl", "--warmup-lr", "1e-3"),
         *("--warmup-steps", str(round(share * steps))),
     )
 
@@ -134,7 +134,7 @@ def make(job: Job, runs: Path) -> list[dict]:
         flags += ("--sft-data", str(folder / "D-sft"))
     flags = (
         *flags, "--data", folder / job.condition, "--suffix", "", "--steps", steps,
-        "--lr", "1e-4", "--seed", job.seed, "--eval-every", "-1", "--show", "0",
+        "--lr", "3e-4", "--samples", "4", "--seed", job.seed, "--eval-every", "-1", "--show", "0",
         "--save-every", "1000", "--keep", "1", "--output-dir", folder / "run",
     )  # fmt: skip
     began = time.time()
