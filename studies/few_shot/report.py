@@ -81,12 +81,12 @@ def table(groups: dict, group: str, names: dict[str, str]) -> list[str]:
     return lines
 
 
-def difference(groups: dict, first: str, second: str) -> str:
+def difference(groups: dict, group: str, first: str, second: str) -> str:
     """Of two arms' accuracy after adaptation, paired by seed and rule."""
     by_pair = []
     for name in (first, second):
         pairs = {}
-        for row in groups["main"].get(name, []):
+        for row in groups[group].get(name, []):
             for rule, task in row["tasks"].items():
                 pairs[row["seed"], rule] = 100 * task["accuracy_after"]
         by_pair.append(pairs)
@@ -107,26 +107,42 @@ def curve(rows: list[dict]) -> list[float]:
 
 
 def draw_steps(groups: dict, out: Path) -> None:
-    """Accuracy over adaptation steps of every arm; those in context as horizontal lines."""
-    fig, axis = plt.subplots(figsize=(7.4, 3.6))
-    for colour, (name, label) in zip(COLOURS, LABELS.items(), strict=False):
-        rows = groups["main"].get(name, [])
-        if not rows:
-            continue
-        if name == "in_context":
-            prompted = values(rows, "accuracy_in_context")
-            axis.axhline(sum(prompted) / len(prompted), color=colour, linestyle=":", label=label)
-            continue
-        axis.plot(curve(rows), color=colour, label=label, **AFTER)
-    if rows := groups["main"].get("none"):
-        prompted = values(rows, "accuracy_in_context")
-        height = sum(prompted) / len(prompted)
-        axis.axhline(height, color=GREY, linestyle=":", label="no training, rows in the prompt")
-    axis.set(xlabel="Adam steps on 30 rows of a new cipher", ylabel="exact answers (%)")
-    from_zero(axis)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    """Accuracy over adaptation steps of every arm, a panel a family; those in context as horizontal
+    lines."""
+    fig, axes = plt.subplots(1, 2, figsize=(9.4, 3.6), sharey=True)
+    for axis, group, word in zip(axes, ("main", "changes"), ("cipher", "change"), strict=True):
+        for colour, (name, label) in zip(COLOURS, LABELS.items(), strict=False):
+            rows = groups[group].get(name, [])
+            if not rows:
+                continue
+            if name == "in_context":
+                axis.axhline(prompted(rows), color=colour, linestyle=":", label=label)
+                continue
+            axis.plot(curve(rows), color=colour, label=label, **AFTER)
+        if rows := groups[group].get("none"):
+            label = "no training, rows in the prompt"
+            axis.axhline(prompted(rows), color=GREY, linestyle=":", label=label)
+        axis.set(xlabel=f"Adam steps on 30 rows of a new {word}")
+        from_zero(axis)
+    axes[0].set_ylabel("exact answers (%)")
+    axes[0].legend(*all_handles(axes), loc="center left", bbox_to_anchor=(2.1, 0.5))
     fig.savefig(out)
     plt.close(fig)
+
+
+def prompted(rows: list[dict]) -> float:
+    """Mean accuracy with the rows in the prompt, in percent."""
+    numbers = values(rows, "accuracy_in_context")
+    return sum(numbers) / len(numbers)
+
+
+def all_handles(axes) -> tuple[list, list]:
+    """Of the legend of several panels: each label once."""
+    found = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)
 
 
 def draw_training(groups: dict, out: Path) -> None:
@@ -175,12 +191,14 @@ def draw_axes(groups: dict, out: Path) -> None:
 def main(results: Path = HERE / "results.jsonl") -> None:
     """Prints the tables and draws the pictures."""
     groups = read(results)
-    lines = ["Main table, ciphers", "", *table(groups, "main", LABELS), ""]
-    lines += ["| difference after 5 steps, same seeds | points (95%) |", "|---|---|"]
-    for first in ("joint", "reptile", "fomaml, learned scalar", "fomaml, learned tensor"):
-        if text := difference(groups, first, "fomaml"):
-            lines.append(text)
-    for group in ("axes", "lora", "first", "search"):
+    lines = []
+    for group in ("main", "changes"):
+        lines += ["", group, "", *table(groups, group, LABELS), ""]
+        lines += ["| difference after 5 steps, same seeds | points (95%) |", "|---|---|"]
+        for first in ("joint", "reptile", "fomaml, learned scalar", "fomaml, learned tensor"):
+            if text := difference(groups, group, first, "fomaml"):
+                lines.append(text)
+    for group in ("axes", "lora", "exact", "first", "search"):
         names = {name: name for name in groups[group]}
         lines += ["", group, "", *table(groups, group, names)]
     print("\n".join(lines))
