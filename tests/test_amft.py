@@ -8,17 +8,20 @@ import math
 import shutil
 import textwrap
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 import amft
+import plots
 from data import DataError
 from games.play import Actor, Trajectory, Turn, demonstrate
-from games.rules import own_function
+from games.rules import Result, own_function
 from lora import Adapters
-from model import EMBEDDED, World, auto_class, load_config, load_processor
+from model import EMBEDDED, World, auto_class, load_config, load_processor, load_weights
 from policy import Policy
 from tests.helpers import (
     AMFT_RUN,
@@ -554,6 +557,244 @@ def test_the_value_head_has_its_own_rate(process_group):
             assert len(of_head) == 1
 
 
+def flat(buffers: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([b.flatten() for b in buffers])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_of_shards(lora, process_group):
+    """FSDP2 takes their mean over the shard group, a sum is wanted; of adapters each rank has all,
+    from its own rows."""
+    found = []
+    for size in (1, 2):
+        model = small_llama()
+        learner = amft_learner(model, adapters=with_adapters(model) if lora else None)
+        learner.world = replace(learner.world, size=size)
+        rows = random_rows(4, 1)
+        amft.set_loss_weights(learner.args, learner.world, [], rows)
+        G = learner.zeros()
+        sums = learner.backward(amft.Pass(rows, {"rl": (amft.ppo_loss, 0.5)}, [(G, 2.0)]))
+        found.append((flat(G), sums))
+    (one, sums), (two, same_sums) = found
+    assert one.abs().max() > 0
+    torch.testing.assert_close(two, one if lora else 2 * one)
+    assert sums == same_sums
+
+
+def test_rows_that_are_only_measured(process_group, monkeypatch):
+    """No backward, and no graph for one, where no row has an advantage."""
+    learner = amft_learner(small_llama(), method="rl")
+    rows, forward, graphs = random_rows(5, 1), learner.forward, []
+    for row in rows:
+        row.advantages = [0.0] * len(row.turn.ids)
+    amft.set_loss_weights(learner.args, learner.world, [], rows)
+    monkeypatch.setattr(amft, "each_gradient", lambda *_: pytest.fail("a backward pass"))
+
+    def watched(batch, entropy_gradient):
+        graphs.append(torch.is_grad_enabled())
+        return forward(batch, entropy_gradient)
+
+    learner.forward = watched
+    sums = learner.backward(amft.Pass(rows, {"rl": (amft.ppo_loss, 1.0)}, []))
+    assert graphs == [False, False]
+    assert sums["tokens"] == response_tokens(rows)
+
+
+def test_sums_over_ranks(monkeypatch):
+    """Of shards, products alone; of adapters, which every rank has whole, gradients alone."""
+    calls = []
+
+    def all_reduce(x, group=None):
+        calls.append((x.tolist(), group))
+        x.mul_(2)
+
+    monkeypatch.setattr(amft.dist, "all_reduce", all_reduce)
+    mesh = types.SimpleNamespace(get_group=lambda name: name)
+    a, b = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])], [torch.tensor([4.0, -1.0])]
+    b.append(torch.tensor([[5.0]]))
+    for shards, replicated, product in ((1, False, 17), (2, False, 34), (2, True, 17)):
+        calls.clear()
+        world = types.SimpleNamespace(shards=shards, mesh=mesh, sum_over_replicas=calls.append)
+        learner = types.SimpleNamespace(world=world, replicated=replicated)
+        assert amft.PolicyLearner.dot(learner, a, b) == product
+        assert calls == ([(17.0, "shard")] if product == 34 else [])
+        calls.clear()
+        gradient = [torch.arange(4.0)[1:]]
+        amft.PolicyLearner.sum_over_ranks(learner, gradient)
+        assert calls == ([([0, 1, 2, 3], None)] if replicated else [gradient])
+
+
+def test_a_clipped_step(process_group):
+    """G stays as it was; AdamW sees min(1, C / |G|) G at the rate of the schedule."""
+    for clip, schedule in ((0.5, 0.25), (5.0, 1.0), (6.0, 2.0)):
+        model, plain = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        plain.load_state_dict(model.state_dict())
+        learner = types.SimpleNamespace(
+            args=amft.Args(clip=clip),
+            params=list(model.parameters()),
+            optimizer=with_peak(torch.optim.AdamW(model.parameters(), lr=0.1, eps=1.0)),
+            dot=lambda a, b: sum((x * y).sum().item() for x, y in zip(a, b, strict=True)),
+        )
+        G = [torch.tensor([[3.0, 0.0]]), torch.tensor([-4.0])]
+        assert amft.PolicyLearner.take_step(learner, G, schedule) == (5.0, True)
+        assert flat(G).tolist() == [3, 0, -4]
+        assert all(p.grad is None for p in model.parameters())
+        reference = torch.optim.AdamW(plain.parameters(), lr=0.1 * schedule, eps=1.0)
+        for p, g in zip(plain.parameters(), G, strict=True):
+            p.grad = g * min(1.0, clip / 5)
+        reference.step()
+        assert_same_weights(model.state_dict(), plain.state_dict())
+        start = copy.deepcopy(model.state_dict())
+        for wrong in (math.nan, math.inf):
+            G[1][0] = wrong
+            assert amft.PolicyLearner.take_step(learner, G, 1.0) == (math.inf, False)
+        assert_same_weights(model.state_dict(), start)
+        nothing = [torch.zeros_like(p) for p in model.parameters()]
+        assert amft.PolicyLearner.take_step(learner, nothing, 1.0) == (0.0, True)
+
+
+class Passes(amft.PolicyLearner):
+    """Takes no gradients, and steps until `fails`; each pass says 6 for its loss."""
+
+    def __init__(self, fails: int = 99, **settings):
+        self.args = amft.with_defaults(amft.Args(**settings))
+        self.world = types.SimpleNamespace(sum=lambda *x: list(x), sum_over_replicas=self.summed)
+        self.method, self.replicated = amft.METHODS[self.args.method], False
+        self.local_params = [torch.zeros(2)]
+        self.fails, self.seen, self.buffers = fails, [], 0
+
+    def summed(self, buffer) -> None:
+        self.buffers += 1
+
+    def backward(self, work) -> dict:
+        self.seen.append((*work.losses, [row.prompt for row in work.rows]))
+        sums = {"sft": 0.0, "rl": 0.0, "value": 1.0, "tokens": 5}
+        return sums | {name: 6.0 for name in work.losses}
+
+    def take_step(self, G, schedule: float) -> tuple:
+        self.schedule = schedule
+        return 2.5, sum(name == "sft" for name, _ in self.seen) < self.fails
+
+
+def rows_of_prompts(*prompts: int) -> list:
+    rows = random_rows(len(prompts))
+    for row, prompt in zip(rows, prompts, strict=True):
+        row.prompt = prompt
+    return rows
+
+
+def test_minibatches_of_every_epoch():
+    """Those of whole prompts, each pass over them in the same order; losses are means."""
+    sft, rl = rows_of_prompts(0, 1, 2, 3, 4), rows_of_prompts(0, 0, 1, 4)
+    batches = [
+        ("sft", [0, 3]), ("rl", [0, 0]), ("sft", [1, 4]), ("rl", [1, 4]), ("sft", [2]), ("rl", []),
+    ]  # fmt: skip
+    learner = Passes(method="fixed", epochs=2, minibatches=3)
+    step = learner.train_on(0.5, sft, rl, schedule=0.25, with_D=False)
+    assert learner.seen == batches * 2
+    assert (step.steps, step.finite, step.norm) == (6, True, 2.5)
+    assert step.sums == {"sft": 6.0, "rl": 6.0, "value": 2.0, "tokens": 60}
+    assert (step.D, step.halves) == (None, None)
+    assert learner.schedule == 0.25
+    assert learner.buffers == 6
+    learner = Passes(fails=3, method="fixed", epochs=2, minibatches=3)
+    step = learner.train_on(0.5, sft, rl, schedule=1.0, with_D=False)
+    assert learner.seen == batches
+    assert (step.steps, step.finite) == (2, False)
+    assert step.sums == {"sft": 6.0, "rl": 6.0, "value": 2.0, "tokens": 30}
+
+
+@pytest.mark.parametrize("method,buffers", [("amft", 2), ("gac", 4)])
+def test_buffers_of_a_step(method, buffers):
+    """G and D, and for gac two of halves: each is summed over the ranks."""
+    sft, rl = rows_of_prompts(0, 1), rows_of_prompts(0, 1, 1)
+    for with_D in (False, True):
+        learner = Passes(method=method)
+        step = learner.train_on(0.5, sft, rl, schedule=1.0, with_D=with_D)
+        assert learner.buffers == (buffers if with_D else 1)
+        assert (step.D is not None) == with_D
+        assert (step.halves is not None) == (with_D and method == "gac")
+
+
+def test_disagreement_is_not_negative():
+    """|D|^2 = 25 less both variances, 4 and 9, or 20 and 9."""
+    learner = types.SimpleNamespace(
+        dot=lambda a, b: sum((x * y).sum().item() for x, y in zip(a, b, strict=True))
+    )
+    D = [torch.tensor([3.0, 4.0])]
+    of_rl = [torch.tensor([0.0, 3.0])]
+    for of_sft, apart in (([2.0, 0.0], 12), ([4.0, 2.0], 0)):
+        halves = [torch.tensor(of_sft)], of_rl
+        step = amft.Step([], D, 1.0, 1, True, {}, halves)
+        variance = sum(x * x for x in of_sft)
+        expected = {"variance/rl": 9, "variance/sft": variance, "disagreement": apart}
+        assert amft.PolicyLearner.noise(learner, step) == expected
+
+
+def groups_of_turns() -> list[list[Trajectory]]:
+    """Three validation prompts with 2, 3 and 2 samples, some of two turns."""
+    turns = [row.turn for row in random_rows(9, 4)]
+    rewards = (1.0, 0.0, -1.0, 2.0, 0.5, 0.0, 3.0, 1.0, 1.0)
+    turns = [t._replace(reward=r) for t, r in zip(turns, rewards, strict=True)]
+    return [
+        [Trajectory(turns[:1]), Trajectory(turns[1:2])],
+        [Trajectory(turns[2:4]), Trajectory(turns[4:5]), Trajectory(turns[5:6])],
+        [Trajectory(turns[6:8]), Trajectory(turns[8:9])],
+    ]
+
+
+def test_entropy_of_responses(process_group):
+    """The mean over all tokens of all turns, row by row."""
+    learner, groups = amft_learner(small_llama()), groups_of_turns()
+    plain, entropies = PlainLosses(learner, [], []), []
+    for trajectory in itertools.chain(*groups):
+        for turn in trajectory.turns:
+            entropies.append(plain.outputs(amft.Row(turn, [])).entropy)
+    expected = torch.cat(entropies).mean().item()
+    assert learner.entropy(groups) == pytest.approx(expected, rel=1e-6)
+    assert learner.entropy([]) == 0
+    batches, filler = learner.batches, amft.collate_rows(random_rows(1), 0, torch.device("cpu"))
+    learner.batches = lambda rows: [*batches(rows), filler]
+    assert learner.entropy(groups) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("rank,size", [(0, 1), (1, 2), (1, 3)])
+def test_gradient_of_the_utility_by_halves(rank, size, process_group):
+    """Against a loop over the samples: the prompts of even and of odd number over all ranks, each
+    half a mean over its samples; the log-probability of all turns, by the episode's return."""
+    learner, groups = amft_learner(small_llama()), groups_of_turns()
+    learner.world = replace(learner.world, rank=rank, size=size, replicas=size)
+    direction = [torch.ones_like(p) for p in learner.local_params]
+    plain, halves = PlainLosses(learner, [], []), {0: [], 1: []}
+    returns = [(1, 0), (1, 0.5, 0), (4, 1)]
+    advantages = [(1, -1), (0.75, 0, -0.75), (3, -3)]  # against the mean of the others
+    for i, group in enumerate(groups):
+        for trajectory, R, A in zip(group, returns[i], advantages[i], strict=True):
+            assert trajectory.returns()[0] == R
+            rows = [amft.Row(turn, []) for turn in trajectory.turns]
+            logprob = sum(plain.outputs(row).logp.sum() for row in rows)
+            halves[(rank + i * size) % 2].append(A * logprob)
+    slopes = []
+    for terms in halves.values():
+        slope = 0.0
+        if terms:
+            slope = flat(plain.gradient(sum(terms) / len(terms))).sum().item()
+        slopes.append(slope)
+    found, noise = learner.grad_mu(groups, direction)
+    assert found == pytest.approx((slopes[0] + slopes[1]) / 2, rel=1e-5)
+    assert noise == pytest.approx(abs(slopes[0] - slopes[1]) / 2, rel=1e-5)
+
+
+def test_filler_of_a_learner(process_group):
+    """A turn of the task, or one token."""
+    world = World(torch.device("cpu"), mesh=one_rank_mesh())
+    policy = Policy(small_llama(), False)
+    for turn in (None, Turn([1, 2], [3], [0.0], True, "", 1.0)):
+        learner = amft.PolicyLearner(amft.Args(), policy, None, world, 5, turn)
+        assert learner.filler == (turn or Turn([5], [5], [0.0], True, "", 0.0))
+        assert not learner.replicated
+
+
 # --------------------------------------------------------------------------------------------------
 # The derivative of a step
 
@@ -1032,3 +1273,330 @@ def test_games_run(kind, tmp_path, capsys):
     assert math.isfinite(rows[-1]["loss/rl"])
     assert rows[-1]["grad_norm"] > 0
     assert (folder / "dynamics.png").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop, step by step
+
+
+class Halves:
+    """A game that a random model wins half the time: an even number of characters."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def reset(self, seed: int) -> int:
+        return seed
+
+    def prompt(self, state: int) -> list[dict]:
+        return [{"role": "user", "content": f"What is {state} and {state}?"}]
+
+    def step(self, state: int, text: str) -> Result:
+        won = len(text) % 2 == 0
+        return Result(float(won), True, won, "")
+
+    def expert(self, state: int) -> str:
+        return f"It is \\boxed{{{2 * state}}}."
+
+
+class Watched:
+    """What a run of amft.py does."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.rollouts, self.tokens, self.shown, self.steps, self.lengths = [], [], [], [], []
+        self.rows, self.results, self.entropies, self.gradients, self.laps = [], [], [], [], []
+        self.estimated = 0
+        games = [Halves(name) for name in ("train", "shown", "validation", "test")]
+        task = *games[:3], {"test": (games[3], 2)}, "halves"
+        patch.setattr(amft, "load_task", lambda *_: task)
+        patch.setattr(plots, "figure", lambda *_: None)
+        for owner, name in (
+            (Actor, "rollout"),
+            (Actor, "demonstrate"),
+            (amft.PolicyLearner, "train_on"),
+            (amft.PolicyLearner, "entropy"),
+            (amft.PolicyLearner, "grad_mu"),
+            (amft.PolicyLearner, "estimate_advantages"),
+        ):
+            patch.setattr(owner, name, self.watched(name, getattr(owner, name)))
+
+    def watched(self, name: str, function):
+        keep = getattr(self, f"of_{name}")
+
+        def call(this, *args, **kwargs):
+            answer = function(this, *args, **kwargs)
+            keep(answer, *args, **kwargs)
+            return answer
+
+        return call
+
+    def of_rollout(self, groups, game, seeds, samples, key, to_the_end=False) -> None:
+        self.rollouts.append((game.name, list(seeds), samples, str(key), to_the_end))
+        self.tokens.append(amft.tokens_sampled(groups))
+
+    def of_demonstrate(self, trajectory, game, seed) -> None:
+        self.shown.append((game.name, seed))
+
+    def of_train_on(self, result, mu, sft, rl, schedule, with_D) -> None:
+        self.steps.append((mu, len(sft), len(rl), schedule, with_D))
+        self.rows.append(sum(row.length for row in sft + rl))
+        self.results.append(result)
+
+    def of_entropy(self, entropy, groups) -> None:
+        self.entropies.append(entropy)
+
+    def of_grad_mu(self, found, groups, derivative) -> None:
+        self.gradients.append(found)
+
+    def of_estimate_advantages(self, nothing, rows) -> None:
+        self.estimated += 1
+
+    def run(self, model, folder, *flags) -> list[dict]:
+        """The rows of its metrics, with the times."""
+        settings = [
+            "--model", model, "--prompts-per-step", "4", "--samples", "3", "--max-new-tokens", "8",
+            "--validation-prompts", "2", "--validation-size", "5", "--lr", "1e-3", "--show", "1",
+            "--eval-every", "-1", "--output-dir", folder,
+        ]  # fmt: skip
+        assert run_here(amft, *settings, *flags) == 0
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def watched(monkeypatch) -> Watched:
+    return Watched(monkeypatch)
+
+
+LEARNED = [
+    "--steps", "6", "--warmup-steps", "2", "--warmup-batch", "2", "--warmup-lr", "4e-3",
+    "--lr-warmup", "4", "--mu-every", "2", "--mu-update", "shrunken", "--eval-every", "4",
+]  # fmt: skip
+
+
+def seeds_of(first: int, count: int) -> list[int]:
+    return list(range(first, first + count))
+
+
+def test_the_steps_of_amft(watched, small_model, tmp_path, capsys):
+    """Two steps of warm-up, four of both losses, of which every second has a meta-gradient."""
+    rows = watched.run(small_model, tmp_path / "r", *LEARNED)
+    assert watched.rollouts == [
+        ("validation", seeds_of(0, 5), 3, "target", False),
+        ("train", seeds_of(4, 4), 3, "2", False),
+        ("train", seeds_of(8, 4), 3, "3", False),
+        ("validation", [4, 5], 3, "3/validation", True),
+        ("train", seeds_of(12, 4), 3, "4", False),
+        ("train", seeds_of(16, 4), 3, "5", False),
+        ("validation", [6, 7], 3, "5/validation", True),
+    ]
+    assert watched.shown == [("shown", seed) for seed in range(20)]
+    mus = [row["mu"] for row in rows]
+    assert mus[:4] == [1, 1, 0.5, 0.5]
+    expected = [(1, 2, 0, 1.0, False), (1, 2, 0, 2.0, False)]
+    for mu, schedule, with_D in zip(mus[2:], (0.75, 1, 1, 1), (0, 1, 0, 1), strict=True):
+        expected.append((mu, 4, 12, pytest.approx(schedule), with_D))
+    assert watched.steps == expected
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 2e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+    assert [row["samples/train"] for row in rows] == [0, 0, 12, 12, 12, 12]
+    assert [row["samples/validation"] for row in rows] == [0, 0, 15, 6, 0, 6]
+    (target,) = watched.entropies
+    for i, row in enumerate(rows):
+        sums = watched.results[i].sums
+        assert row["grad_norm"] == watched.results[i].norm
+        assert (row["loss/sft"], row["loss/rl"]) == (sums["sft"], sums["rl"])
+        if i < 2:
+            assert not {"entropy_target", "grad_mu", "entropy", "reward/mean"} & row.keys()
+            continue
+        assert "reward/mean" in row
+        assert row["entropy_target"] == target
+        assert ("grad_mu" in row) == ("grad_mu_snr" in row) == (i in (3, 5))
+        by_entropy = 0.05 * (target - row["entropy"]) if i in (3, 5) else 0
+        assert row["mu_change/entropy"] == pytest.approx(by_entropy)
+        change = row["mu_change/meta_gradient"] + by_entropy
+        if i < 5:
+            assert mus[i + 1] == pytest.approx(min(0.95, max(0.05, mus[i] + change)))
+    assert mus[4] != 0.5
+    for row, (gradient, noise) in zip(rows[3::2], watched.gradients, strict=True):
+        assert row["grad_mu"] == gradient != 0
+        assert row["grad_mu_snr"] == pytest.approx(abs(gradient) / noise)
+    evaluated = logged(tmp_path / "r", "evaluations.jsonl")
+    assert [row["step"] for row in evaluated] == [0, 2, 4, 6]
+    out = capsys.readouterr().out
+    size = sum(w.numel() for w in final_weights(tmp_path / "r").values())
+    assert f"amft: {size / 1e6:.1f}M parameters, 1 rank(s)" in out
+    for step in (0, 2, 4, 6):
+        assert f"step {step}: test " in out
+    assert out.count("are cut at --max-new-tokens 8") == 1
+    assert out.endswith(f"; responses: {tmp_path / 'r' / 'samples.jsonl'}\n")
+
+
+def test_tokens_per_second(watched, small_model, tmp_path):
+    """Of what was sampled, and of all rows in all epochs; without samples there are none."""
+    flags = ["--steps", "3", "--warmup-steps", "1", "--epochs", "2", "--method", "sft_then_rl"]
+    rows = watched.run(small_model, tmp_path / "r", *flags, "--lr-warmup", "2")
+    sampled = [0, *watched.tokens]
+    assert min(watched.tokens) > 12
+    for i, row in enumerate(rows):
+        found = row["tokens_per_second/rollout"] * row["seconds/rollout"]
+        assert found == pytest.approx(sampled[i])
+        found = row["tokens_per_second/train"] * row["seconds/train"]
+        assert found == pytest.approx(2 * watched.rows[i])
+        assert {"seconds/rollout", "seconds/train", "seconds/mu"} < row.keys()
+        assert row["samples/validation"] == 0
+    assert [key for *_, key, _ in watched.rollouts] == ["1", "2"]
+    # The optimizer is fresh after the warm-up, and its rate rises again
+    assert watched.steps == [(1, 4, 0, 0.5, False), (0, 0, 12, 0.5, False), (0, 0, 12, 1, False)]
+
+
+@pytest.mark.parametrize("method,samples,sft", [("luffy", 2, 0), ("srft", 3, 0), ("hpt", 3, 4)])
+def test_samples_beside_demonstrations(method, samples, sft, watched, small_model, tmp_path):
+    """luffy: one of --samples is the demonstration; hpt's gate of all samples lets none through."""
+    gate = ["--hpt-gate", "3"] if method == "hpt" else []
+    watched.run(small_model, tmp_path / "r", "--method", method, "--steps", "1", *gate)
+    ((_, seeds, drawn, _, _),) = watched.rollouts
+    assert (seeds, drawn) == ([0, 1, 2, 3], samples)
+    own = {"luffy": 12, "srft": 16, "hpt": 0}[method]
+    assert watched.steps == [(0, sft, own, 0.2, False)]
+
+
+def test_the_steps_of_gac(watched, small_model, tmp_path):
+    """mu after the first step by the noise of both gradients; with a value head."""
+    flags = ["--method", "gac", "--advantage", "gae", "--steps", "3", "--warmup-steps", "1"]
+    rows = watched.run(small_model, tmp_path / "r", *flags)
+    assert [step[4] for step in watched.steps] == [False, True, True]
+    assert watched.estimated == 2
+    names = ("variance/rl", "variance/sft", "disagreement")
+    assert not set(names) & rows[0].keys()
+    noise = [rows[1][name] for name in names]
+    assert noise[0] > 0
+    assert noise[1] > 0
+    change = noise[0] / sum(noise) - 0.5
+    mus = [row["mu"] for row in rows]
+    assert mus[:2] == [1, 0.5]
+    assert mus[2] == pytest.approx(0.5 + max(-0.05, min(0.05, change)))
+    assert all(row["loss/value"] > 0 for row in rows[1:])
+    assert rows[0]["loss/value"] == 0
+
+
+@pytest.mark.parametrize("method", ["amft", "gac"])
+def test_steps_that_say_nothing_of_mu(method, watched, small_model, tmp_path, monkeypatch):
+    """The first is not finite, in the second all samples are cut and masked."""
+    train_on = amft.PolicyLearner.train_on
+
+    def disturbed(learner, *args, **kwargs):
+        result = train_on(learner, *args, **kwargs)
+        if len(watched.steps) == 1:
+            result.finite, result.norm = False, math.inf
+        elif len(watched.steps) == 2:
+            result.sums["tokens"] = 0
+        return result
+
+    monkeypatch.setattr(amft.PolicyLearner, "train_on", disturbed)
+    flags = ["--method", method, "--steps", "3", "--warmup-steps", "0", "--mu-every", "1"]
+    flags += ["--mu-update", "shrunken"] if method == "amft" else []
+    rows = watched.run(small_model, tmp_path / "r", *flags)
+    assert [row["skipped_steps"] for row in rows] == [1, 1, 1]
+    if method == "gac":
+        assert ["disagreement" in row for row in rows] == [False, True, True]
+        assert rows[1]["mu"] == 0.5
+        return
+    assert ["entropy_target" in row for row in rows] == [False, True, True]
+    assert ["entropy" in row for row in rows] == [True, False, True]
+    assert ["mu_change/entropy" in row for row in rows] == [False, False, True]
+    assert [row["mu"] for row in rows] == [0.5, 0.5, 0.5]
+    assert ["grad_mu" in row for row in rows] == [False, False, True]  # Adam is warm
+
+
+# --------------------------------------------------------------------------------------------------
+# The policy that a run starts from
+
+
+def built(model, world=None, **settings) -> tuple:
+    """(the policy, its arguments) on one rank."""
+    args = amft.with_defaults(amft.Args(model=str(model), **settings))
+    config, _ = load_config(args.model)
+    return amft.build(args, config, world or World(torch.device("cpu"), mesh=one_rank_mesh())), args
+
+
+def checkpointed(policy) -> bool:
+    """Whether activations are recomputed."""
+    return any(getattr(m, "gradient_checkpointing", False) for m in policy.modules())
+
+
+def test_policy_of_all_weights(small_model, process_group):
+    policy, _ = built(small_model, advantage="gae")
+    expected = load_weights(str(small_model)).state_dict()
+    assert_same_weights(policy.lm.state_dict(), expected)
+    assert policy.value.weight.abs().sum() == policy.value.bias.abs().sum() == 0
+    assert policy.training
+    assert policy.adapters is None
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.parameters())
+    assert not checkpointed(policy)
+    policy, _ = built(small_model, activation_checkpointing=True)
+    assert checkpointed(policy)
+    assert not hasattr(policy, "value")
+
+
+def test_policy_of_adapters(small_model, process_group):
+    targets = ("q_proj", "up_proj")
+    settings = {"lora_r": 2, "lora_alpha": 5.0, "target_modules": targets, "seed": 9}
+    policy, _ = built(small_model, advantage="gae", **settings)
+    adapters = policy.adapters
+    assert not any(p.requires_grad for p in policy.lm.parameters())
+    assert all(p.requires_grad for p in [*policy.value.parameters(), *adapters.phi])
+    assert all(p.dtype == torch.float32 for p in policy.lm.parameters())
+    assert adapters.scale == 2.5
+    assert adapters.dropout == 0
+    assert adapters.stack is adapters.phi
+    assert {name.split(".")[-1] for name in adapters.layers} == set(targets)
+    again, _ = built(small_model, **settings)
+    other, _ = built(small_model, **settings | {"seed": 10})
+    same = [torch.equal(adapters.phi[0], policy.adapters.phi[0]) for policy in (again, other)]
+    assert same == [True, False]
+
+
+def test_recomputed_activations_of_adapters(small_model, process_group):
+    """The same gradient, though what enters a block of the frozen base has none."""
+    found = []
+    for recomputed in (False, True):
+        policy, _ = built(small_model, lora_r=2, activation_checkpointing=recomputed)
+        assert checkpointed(policy) == recomputed
+        with torch.no_grad():
+            for p in policy.adapters.phi[1::2]:
+                p.fill_(0.1)
+        batch = amft.collate_rows(random_rows(2), 0, torch.device("cpu"))
+        logprobs, _, _ = policy(batch["ids"], batch["mask"])
+        logprobs.sum().backward()
+        gradients = [p.grad for p in policy.adapters.phi]
+        assert all(g.abs().max() > 0 for g in gradients)
+        found.append(flat(gradients))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_blocks_of_a_policy(small_model, process_group, monkeypatch):
+    """Compiled if asked for; sharded, the whole last, where there is more than one rank."""
+    compiled, sharded = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(amft, "fully_shard", lambda module, **how: sharded.append((module, how)))
+    policy, _ = built(small_model, compile=True)
+    blocks = list(policy.lm.model.layers)
+    assert len(blocks) == 2
+    assert compiled == blocks
+    assert sharded == []
+    world = World(torch.device("cpu"), size=2, mesh=one_rank_mesh())
+    for settings, offloads, beside in (
+        ({}, False, 0),
+        ({"cpu_offload": True}, True, 0),
+        ({"lora_r": 2}, False, 2),
+    ):
+        compiled.clear()
+        sharded.clear()
+        policy, _ = built(small_model, world, advantage="gae", **settings)
+        assert compiled == []
+        assert [module for module, _ in sharded] == [*policy.lm.model.layers, policy]
+        for _, how in sharded:
+            assert how["mp_policy"] == MixedPrecisionPolicy()
+            assert isinstance(how["offload_policy"], CPUOffloadPolicy) == offloads
+            assert len(how["ignored_params"]) == beside
+            assert how["mesh"].size() == 1

@@ -1,6 +1,8 @@
 """checker.py: pairs by hand, endings, random spellings, labelled cases, golds, hostile text."""
 
+import cmath
 import json
+import math
 import random
 import re
 import resource
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -464,3 +467,636 @@ def test_changed_golds_are_rejected():
                 shown = [re.sub(r"\\text|[{}\s]", "", s) for s in (other, gold)]
                 if "\\text" not in gold or shown[0] != shown[1]:
                     assert not checker.is_equal(other, gold), (other, gold)
+
+
+# --------------------------------------------------------------------------------------------------
+# The parts, each by hand
+
+
+def test_boxes():
+    """Where they begin and end; the outermost; what is not closed is none."""
+    for text, boxes in (
+        (r"a \boxed{1} b \boxed{2}", [(2, 11, "1"), (14, 23, "2")]),
+        (r"\boxed{a \boxed{b} c}", [(0, 21, r"a \boxed{b} c")]),
+        (r"\boxed{{1}} }", [(0, 11, "{1}")]),
+        (r"\boxed{1", []),
+        (r"\boxed{\{1, 2\}}", [(0, 16, r"\{1, 2\}")]),
+        (r"x \fbox{ 3 }", [(2, 12, "3")]),
+        (r"\boxed 12 apples", [(0, 8, "12")]),
+        (r"\boxed A.", [(0, 9, "A")]),
+        (r"\boxed{1} \boxed{2 \boxed{3}", [(0, 9, "1"), (19, 28, "3")]),
+        (r"\boxed " + "7" * 120, [(0, 8, "7" * 100)]),
+    ):
+        assert checker._boxes(text) == boxes, text
+    near, far = "not" + " " * 3, "not" + " " * 20
+    assert checker._meant(near + r"\boxed{1} or \boxed{ } or \boxed{2}")[0][2] == "2"
+    assert checker._meant(far + r"\boxed{1}")[0][2] == "1"
+
+
+def test_formulas():
+    """A dollar of money is none; what is not closed is none."""
+    for text, formulas in (
+        ("a $x$ b $$y$$", [(2, 5, "x"), (8, 13, "y")]),
+        (r"\( u \) and \[v\]", [(0, 7, "u"), (12, 17, "v")]),
+        ("$5 and $6", []),
+        ("it costs $5, or $x = 3$.", [(16, 23, "x = 3")]),
+        ("$ x $", [(0, 5, "x")]),
+        ("$ x$ y", []),
+        (r"\$5 and $\$3$", [(8, 13, r"\$3")]),
+        ("$a\n\nb$", []),
+        ("$x$2", []),
+        (r"\(x $y$", [(4, 7, "y")]),
+    ):
+        assert checker._formulas(text) == formulas, text
+    parts = [(0, 1, "a"), (6, 7, "b"), (10, 11, "c")]
+    assert checker._joined("x and y : z", parts) == [(0, 7, "a, b"), (10, 11, "c")]
+    for spaces, count in ((59, 1), (60, 2)):
+        text = "a," + " " * spaces + "b"
+        assert len(checker._joined(text, [(0, 1, "a"), (spaces + 2, spaces + 3, "b")])) == count
+    assert checker._without_markdown("**a** 2**3 (x)**2 `b` <b>c</b>\n```py\nd\n```") == (
+        "a 2**3 (x)**2 b c\n\nd\n"
+    )
+
+
+def test_where_answers_are_sought():
+    """Boxes in the last 20,000 characters, other endings in the last 5,000."""
+    box = r"\boxed{7}"
+    assert checker.extract_answer(box + " " * (20_000 - len(box))) == "7"
+    assert checker.extract_answer(box + " " * (20_001 - len(box))) is None
+    said = "#### 7\n"
+    assert checker.extract_answer(said + "a " * ((5_000 - len(said)) // 2)) == "7"
+    assert "7" not in checker.extract_answer(said + "a " * 2_500)
+    field = '{"answer": "x"}'
+    assert checker.extract_answer(field + "a" * (5_000 - len(field))) == "x"
+    assert checker.extract_answer(field + "a" * (5_002 - len(field))) != "x"
+    for text, answer in (
+        ("<|im_start|>x \\boxed{1}<|im_end|>\\boxed{2}", "1"),
+        ("<|channel|>final<|message|>\\boxed{1}<|channel|>final<|message|>\\boxed{2}", "2"),
+        ("a</think>\\boxed{1}</think>so 2", "2"),
+        ("\\boxed{1} the answer is 2", "2"),
+        ("\\boxed{1} the answer is " + "9" * 59, "9" * 59),
+        ("\\boxed{1} the answer is " + "9" * 60, "1"),
+        ("\\boxed{1} the answer is x", "1"),
+        ("\\boxed{1} the answer is (C)", "(C)"),
+        ("so 5 before \\boxed{6", "5"),
+        ("<answer>1</answer> <answer> 2 </answer>", "2"),
+        ("<answer>It is 3 apples then</answer>", "3"),
+        ('{"answer": "a\\"b"} {"final_answer": [1, 2]}', "[1, 2]"),
+        ('{"answer": "a\\"b"}', 'a"b'),
+        ("#### 1\n#### 2\nx", "2"),
+        ("#### Step 3", "3"),
+        ("#### 1. First", "1"),
+    ):
+        assert checker.extract_answer(text) == answer, text
+
+
+def test_ends_of_sentences():
+    """What is said at the end, in the ways people say it."""
+    for text, answer in (
+        ("Hence 3 is the answer", "3"),
+        ("The answer is 4. So 3 is the answer.", "3"),
+        ("3 is the answer. The answer is 4.", "4"),
+        ("The answer is correct. The answer is right.", "right"),
+        ("Die Antwort ist 2,5", "2.5"),
+        ("The answer is 2,5", "2,5"),
+        ("The answer is approximately 3.1, exactly $\\pi$", "\\pi"),
+        ("The answer is $5$ cm.", "5\\text{ cm}"),
+        ("The answer is 5 cm.", "5 cm"),
+        ("The answer is 12 or 15.", "12 or 15"),
+        ("The answer is B, as the others fail.", "B"),
+        ("We find 12 or 15.", "12 or 15"),
+        ("It is between 3 and 5", "It is between 3 and 5"),
+        ("We get $x = 4$ (since 2+2)", "x = 4"),
+        ("It takes 3 hours and 20 minutes.", "3 hours and 20 minutes"),
+        ("Not 7 but we get 8, because 9 fails", "8"),
+        ("There are 17 of them, I think", "17"),
+        ("There are twelve.", "twelve"),
+        ("It has no real solutions.", "no real solutions"),
+        ("The colour is red", "red"),
+        ("Is it 5? Yes, 6 it is", "6"),
+    ):
+        assert checker.extract_answer(text) == answer, (text, checker.extract_answer(text))
+
+
+def test_cleaned_texts():
+    """One spelling for what means the same."""
+    for text, cleaned in (
+        ("  $ 5 $ ", "5"),
+        (r"\[ x \].", "x"),
+        (r"\(x\)", "x"),
+        ("$5", r"\$5"),
+        (r"\text{ yes }.", "yes"),
+        ("−3×2", r"-3\times 2"),
+        ("2½", r"2 \frac12"),
+        ("x²", "x^2"),
+        ("a₁", "a_1"),
+        ("1 234 567", "1234567"),
+        ("1 234 56", "1 234 56"),
+        ("-12 345.6", "-12345.6"),
+        (r"1{,}234", "1234"),
+        (r"1\,234", "1234"),
+        (r"1\!:\!03", "1:03"),
+        ("3x10^4", r"3\times 10^4"),
+        (r"{5\choose2}", r"\binom{5}{2}"),
+        (r"90^{\circ}", r"90\deg"),
+        (r"6\pi\approx18.85", r"6\pi"),
+        (r"x\approx 3", "x= 3"),
+        (r"\approx 3", "3"),
+        ("'a'", "a"),
+        ("a'", "a'"),
+        ('"5"', "5"),
+        ("5. ", "5"),
+        ("twenty-one", "21"),
+        (r"0.1\overline{6}", r"\frac{15}{90}"),
+        (r"2.\overline{3}", r"\frac{21}{9}"),
+        (r".12\overline{34}", r"\frac{1222}{9900}"),
+        (r"\\frac12", r"\frac12"),
+        ("all real numbers", r"\mathbb{R}"),
+        (r"\{\}", r"\emptyset"),
+        ("5<|im", "5"),
+    ):
+        assert checker.clean(text) == cleaned, (text, checker.clean(text))
+    assert checker.clean("1" * 1500) == "1" * 1500
+    for long in ("1" * 1501, "1 " * 3500):
+        with pytest.raises(checker.Limit):
+            checker.clean(long)
+    assert checker.clean("x" + " " * 2000 + "y") == "x y"
+
+
+def test_numbers_in_words():
+    for text, digits in (
+        ("zero", "0"), ("Nineteen", "19"), ("twenty", "20"), ("ninety-nine", "99"),
+        ("one hundred", "100"), ("two hundred and five", "205"), ("hundred", "100"),
+        ("three thousand four hundred twelve", "3412"), ("twelve hundred", "1200"),
+        ("two million one thousand", "2001000"), ("dozen", "12"), ("two dozen", "24"),
+        ("one two", ""), ("twenty thirteen", ""), ("twenty-ten", ""), ("five apples", ""),
+        ("", ""), ("one hundred thirteen", "113"), ("thirteen one", ""), ("billion", "1000000000"),
+    ):  # fmt: skip
+        assert checker.spelled(text) == digits, text
+
+
+def test_words_that_are_compared():
+    for text, plain in (
+        (r"\text{Yes} NO x Y", "yesnoxy"), ("2 3", "2 3"), ("a 3", "a3"), (r"\text {a b}", "ab"),
+        ("undefined", "doesnotexist"), ("DNE", "doesnotexist"), ("The limit does not exist",
+        "doesnotexist"), ("none", "nosolution"), ("No real solutions", "nosolution"),
+        ("x" * 50 + "nosolution", "x" * 50 + "nosolution"), (r"\$5", r"\$5"), ("$a$", "a"),
+    ):  # fmt: skip
+        assert checker.words(text) == plain, (text, checker.words(text))
+
+
+def num(n) -> tuple:
+    return ("num", Fraction(n))
+
+
+X, Y = ("sym", "x"), ("sym", "y")
+ONE, TWO, THREE = num(1), num(2), num(3)
+TREES = {
+    "x+2-3": ("add", X, TWO, ("neg", THREE)),
+    "-x": ("neg", X),
+    "--x": X,
+    "2x^3": ("mul", TWO, ("pow", X, THREE)),
+    "x/2y": ("mul", ("div", X, TWO), Y),
+    "2^3^2": ("pow", TWO, ("pow", THREE, TWO)),
+    "2^-3": ("pow", TWO, ("neg", THREE)),
+    "2*-3": ("mul", TWO, ("neg", THREE)),
+    "x!": ("fun", "factorial", X),
+    "x!!": ("fun", "factorial2", X),
+    "3%": ("percent", THREE),
+    r"3\deg": ("deg", THREE),
+    r"\frac12": ("div", ONE, TWO),
+    r"\frac{1}{23}": ("div", ONE, num(23)),
+    r"\frac123": ("mul", ("div", ONE, TWO), THREE),
+    r"3\frac12": num("7/2"),
+    r"3\frac21": ("mul", THREE, ("div", TWO, ONE)),
+    r"3\frac33": ("mul", THREE, ("div", THREE, THREE)),
+    "3 1/2": num("7/2"),
+    r"\sqrt3": ("pow", THREE, ("div", ONE, TWO)),
+    r"\sqrt[3]{x}": ("pow", X, ("div", ONE, THREE)),
+    r"\binom32": ("fun", "binomial", THREE, TWO),
+    "|x|": ("fun", "abs", X),
+    "||x|-2|": ("fun", "abs", ("add", ("fun", "abs", X), ("neg", TWO))),
+    r"\sin 2x": ("fun", "sin", ("mul", TWO, X)),
+    r"\sin x\cos y": ("mul", ("fun", "sin", X), ("fun", "cos", Y)),
+    r"\sin^2 x": ("pow", ("fun", "sin", X), TWO),
+    r"\sin^{-1} x": ("fun", "arcsin", X),
+    r"\sin -x": ("fun", "sin", ("neg", X)),
+    r"\log_2 x": ("fun", "log", X, TWO),
+    r"\max(1,2)": ("fun", "max", ONE, TWO),
+    r"\max\{1,2\}": ("fun", "max", ONE, TWO),
+    r"\lfloor x\rfloor": ("fun", "floor", X),
+    r"\lceil x\rceil": ("fun", "ceil", X),
+    "(x)": X,
+    "[x]": X,
+    "(1,2)": ("tuple", "(", ")", ONE, TWO),
+    "(1,2]": ("tuple", "(", "]", ONE, TWO),
+    "[1,2)": ("tuple", "[", ")", ONE, TWO),
+    "]1,2]": ("tuple", "(", "]", ONE, TWO),
+    r"\langle 1,2\rangle": ("tuple", "(", ")", ONE, TWO),
+    r"\langle 1,2,3\rangle": ("tuple", "(", ")", ONE, TWO, THREE),
+    r"\{1,2\}": ("set", ONE, TWO),
+    r"\{1\}": ("set", ONE),
+    r"\emptyset": ("set",),
+    r"\mathbb{R}": ("reals",),
+    "1,2": ("list", ONE, TWO),
+    "1,2,": ("list", ONE, TWO),
+    "1 or 2": ("list", ONE, TWO),
+    "x=1": ("rel", ("=",), X, ONE),
+    "= 1": ONE,
+    "1<x\\le2": ("rel", ("<", "<="), ONE, X, TWO),
+    "2>x\\ge1": ("rel", ("<=", "<"), ONE, X, TWO),
+    r"x\ne1": ("rel", ("!=",), X, ONE),
+    r"x\in[1,2]": ("tuple", "[", "]", ONE, TWO),
+    r"x\notin\{1\}": ("minus", ("reals",), ("set", ONE)),
+    r"x\equiv1\pmod{3}": ("mod", X, ONE, THREE),
+    r"\{1\}\cup\{2\}": ("union", ("set", ONE), ("set", TWO)),
+    r"\{1\}\cap\{2\}": ("cap", ("set", ONE), ("set", TWO)),
+    r"\{x | x>1\}": ("rel", ("<",), ONE, X),
+    "1:2": ("ratio", ONE, TWO),
+    "1:2:3": ("ratio", ONE, TWO, THREE),
+    "1:03": ("time", 1, 3, ""),
+    "12:45 p.m.": ("time", 12, 45, "pm"),
+    "x>1 and x<2": ("cap", ("rel", ("<",), ONE, X), ("rel", ("<",), X, TWO)),
+    "x<1 or x>2": ("union", ("rel", ("<",), X, ONE), ("rel", ("<",), TWO, X)),
+    r"x\ne1 or x\ne2": ("cap", ("rel", ("!=",), X, ONE), ("rel", ("!=",), X, TWO)),
+    r"1\pm2": ("list", ("add", ONE, TWO), ("add", ONE, ("neg", TWO))),
+    r"1\mp2": ("list", ("add", ONE, ("neg", TWO)), ("add", ONE, TWO)),
+    "101_2": ("based", "101", TWO),
+    "(101)_2": ("based", "101", TWO),
+    "2.50": ("dec", Fraction(5, 2), 3, Fraction(1, 100)),
+    "0.05": ("dec", Fraction(1, 20), 1, Fraction(1, 100)),
+    "1.5e3": ("dec", Fraction(1500), 2, Fraction(100)),
+    "2.": TWO,
+    "a_1": ("sym", "a _ 1"),
+    "x'": ("sym", "x '"),
+    "f(x)": ("sym", "f ( x )", "x"),
+    "f(2)": ("sym", "f ( 2 )"),
+    "x(y)": ("mul", X, Y),
+    "e": ("const", "e"),
+    r"\pi": ("const", "pi"),
+    r"\infty": ("const", "inf"),
+    r"\sum_{k=1}^{3} k": ("sum", "k", ONE, THREE, ("sym", "k")),
+    r"\prod_{k=1}^3 2": ("prod", "k", ONE, THREE, TWO),
+    r"\int_1^2 x\,dx": ("int", "x", ONE, TWO, X),
+    r"\begin{pmatrix}1&2\\3&x\end{pmatrix}": ("matrix", (ONE, TWO), (THREE, X)),
+    r"\begin{vmatrix}1&2\\3&x\end{vmatrix}": ("fun", "det", ("matrix", (ONE, TWO), (THREE, X))),
+    r"\begin{cases}1&x>2\\x&\text{else}\end{cases}": (
+        "cases", (ONE, ("rel", ("<",), TWO, X)), (X, ("text", "else")),
+    ),
+    "3 cm": ("unit", THREE, "m^1", Fraction(1, 100), "cm"),
+    r"\$3": ("unit", THREE, "$^1", Fraction(1), "$"),
+    "3 hours 2 minutes": ("unit", ("add", ("mul", THREE, ONE), ("mul", TWO, num("1/60"))),
+                          "s^1", Fraction(3600), "hours"),
+    "3 million": ("mul", THREE, num(10**6)),
+    "-3 cm": ("unit", ("neg", THREE), "m^1", Fraction(1, 100), "cm"),
+}  # fmt: skip
+
+
+def test_trees():
+    for text, tree in TREES.items():
+        assert checker.parse(text) == tree, (text, checker.parse(text))
+    for unread in (
+        "",
+        "2 3",
+        "(1",
+        "1)",
+        "hello there",
+        "1 2/3 4",
+        "x >",
+        r"\unknown",
+        "1" * 601,
+        "(" * 41 + "x" + ")" * 41,
+        r"1\pm2\pm3\pm4\pm5\pm6",
+    ):
+        with pytest.raises(checker.Limit):
+            checker.parse(unread)
+    assert checker.parse("1" * 600) == num("1" * 600)
+    assert len(checker.parse(r"1\pm2\pm3\pm4\pm5")) == 17
+
+
+def test_units():
+    for text, key in (
+        ("cm", ("m^1", Fraction(1, 100))),
+        ("inches", ("m^1", Fraction("0.0254"))),
+        ("m/s^2", ("m^1 s^-2", 1)),
+        ("m s^{-2}", ("m^1 s^-2", 1)),
+        ("meters per second squared", ("m^1 s^-2", 1)),
+        ("km/h", ("m^1 s^-1", Fraction(5, 18))),
+        ("square feet", ("m^2", Fraction("0.3048") ** 2)),
+        ("cubic cm", ("m^3", Fraction(1, 10**6))),
+        ("meters cubed", ("m^3", 1)),
+        ("mph", ("m^1 s^-1", Fraction("1609.344") / 3600)),
+        ("apples", ("apple^1", 1)),
+        ("kJ", ("J^1", 1000)),
+        ("mA", ("A^1", Fraction(1, 1000))),
+        ("MHz", ("Hz^1", 10**6)),
+        ("kilograms", ("g^1", 1000)),
+        ("milligrams", ("g^1", Fraction(1, 1000))),
+        ("days", ("s^1", 86400)),
+        ("weeks", ("s^1", 604800)),
+        ("minutes", ("s^1", 60)),
+        ("cents", ("$^1", Fraction(1, 100))),
+        ("m m", ("m^2", 1)),
+        ("pounds", ("g^1", Fraction("453.59237"))),
+        ("yards", ("m^1", Fraction("0.9144"))),
+        ("sq m", ("m^2", 1)),
+        ("m/m", ("m^0", 1)),
+    ):
+        assert checker.unit_key(text) == key, (text, checker.unit_key(text))
+    assert len(checker.unit_key(" ".join("abcdefghijkl"))[0].split()) == 12
+    for unread in ("more than m", " ".join("abcdefghijklm")):
+        with pytest.raises(checker.Limit):
+            checker.unit_key(unread)
+
+
+def value(text: str, point: dict | None = None, **settings) -> complex:
+    tree = checker.to_sympy(checker.parse(checker.clean(text)), [3000], {})
+    return complex(checker.Number([3000], **settings)(tree, point or {}))
+
+
+def test_values():
+    """Against Python's own arithmetic."""
+    third = {"x": Fraction(1, 3)}
+    for text, expected in (
+        (r"\frac{3}{7}+2^{-3}", 3 / 7 + 1 / 8),
+        (r"\sqrt[3]{-8}", -2),
+        (r"\sqrt{-4}", 2j),
+        (r"\sqrt{2}^3", 2**1.5),
+        (r"e^{2}", math.e**2),
+        (r"e^{i\pi/3}", cmath.exp(1j * math.pi / 3)),
+        (r"\sin 30\deg", 0.5),
+        (r"\arctan 2", math.atan(2)),
+        (r"\cosh 2", math.cosh(2)),
+        (r"\log_3 7", math.log(7, 3)),
+        (r"\ln 7", math.log(7)),
+        (r"\log 7", math.log(7)),
+        (r"\lfloor\sqrt{10}\rfloor", 3),
+        (r"\lceil\sqrt{10}\rceil", 4),
+        (r"|-\sqrt2|", 2**0.5),
+        (r"|3+4i|", 5),
+        (r"\max(\sqrt2,\pi)", math.pi),
+        (r"\min(\sqrt2,\pi)", 2**0.5),
+        (r"\gcd(12,18)", 6),
+        (r"\operatorname{lcm}(4,6)", 12),
+        (r"\binom{7}{3}", 35),
+        ("6!", 720),
+        ("7!!", 105),
+        ("x!", math.gamma(4 / 3)),
+        (r"\operatorname{cbrt}(-27)", -3),
+        (r"\operatorname{cis}(x)", cmath.exp(1j / 3)),
+        ("50%", 0.5),
+        ("0^0", 1),
+        ("x^0", 1),
+        (r"\sum_{k=1}^{4} k^2", 30),
+        (r"\prod_{k=2}^{4} k", 24),
+        (r"\int_1^3 (x^2+1)\,dx", 32 / 3),
+        (r"\sum_{k=0}^{\infty} \frac{1}{3^k}", 1.5),
+        (r"\sum_{k=2}^{1} k", 0),
+        (r"\prod_{k=2}^{1} k", 1),
+        (r"\sum_{k=1}^{3} x^k", 1 / 3 + 1 / 9 + 1 / 27),
+        (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", -2),
+        (r"\sin^{-1} 1", math.pi / 2),
+    ):
+        assert value(text, third) == pytest.approx(expected, rel=1e-12), text
+    assert value(r"\log 1000", log10=True) == pytest.approx(3)
+    assert value(r"\log_2 8", log10=True) == pytest.approx(3)
+    for text, error in (
+        (r"\frac{1}{0}", ZeroDivisionError),
+        ("0^{-1}", ZeroDivisionError),
+        (r"\sum_{k=0}^{201} k", checker.Limit),
+        (r"\sum_{k=0}^{\infty} 2^k", checker.Limit),
+        ("2^{99999999}", checker.Limit),
+        (r"e^{99999}", checker.Limit),
+        ("3001!", checker.Limit),
+        (r"\gcd(\sqrt2,3)", checker.Limit),
+    ):
+        with pytest.raises(error):
+            value(text, third)
+    assert value(r"\sum_{k=0}^{200} k") == 20100
+    for places, digits in ((0, 50), (1, 300)):
+        assert checker.context(places).dps == digits
+    budget = [1]
+    with pytest.raises(checker.Limit):
+        checker.Number(budget)(checker.to_sympy(checker.parse("x+1"), [9], {}), {"x": ONE[1]})
+    with pytest.raises(checker.Limit):
+        checker.to_sympy(checker.parse("x+1"), [2], {})
+    checker.to_sympy(checker.parse("x+1"), [3], {})
+
+
+def test_sizes_of_expressions():
+    """Terms of the expanded form, or the degree, at most."""
+    for text, size in (
+        ("x", 1), ("x+y+1", 3), ("(x+y)(x+1)", 4), ("(x+1)^3", 8), ("x^5", 5), ("x^{-5}", 5),
+        ("(x+1)^{30}", 10**6), ("(x+1)^2(y+1)^2", 16), ("(x+1)^2+y", 5),
+    ):  # fmt: skip
+        assert checker.size_of(checker.to_sympy(checker.parse(text), [99], {})) == size, text
+    bits = checker.bits(checker.to_sympy(checker.parse(r"\frac{8}{3}x"), [99], {}))
+    assert bits == 4 + 2
+    near = [checker.near(checker.context().mpf(1) + checker.context().mpf(10) ** n, 1)
+            for n in (-34, -36)]  # fmt: skip
+    assert near == [False, True]
+    infinite = checker.context().inf
+    assert checker.near(infinite, infinite)
+    assert not checker.near(infinite, -infinite)
+    assert not checker.near(infinite, 1)
+
+
+def test_places_of_comparison():
+    """Consecutive numbers for letters that count, both signs for others, and beside the numbers
+    that occur."""
+    import sympy
+
+    n, x, y = sympy.symbols("n x y")
+    assert checker.points([sympy.Integer(3)]) == [{}]
+    counted = [p["n"] for p in checker.points([n])]
+    assert counted[:17] == list(range(1, 18))
+    assert counted[17:] == [42, 60, 127, 37182145]
+    real = [p["x"] for p in checker.points([x])]
+    assert len(real) == 14
+    assert min(real[:3]) > 0 > min(real)
+    assert sum(value.denominator == 1 for value in real) == 2
+    both = checker.points([x + y])
+    assert all(p["x"] != p["y"] for p in both)
+    assert len(checker.points([n + x])) == 21
+    beside = checker.points([x + 29])[14:]
+    shift = Fraction("0.3717")
+    assert [p["x"] for p in beside] == [29 + shift, -29 - shift]
+    assert [p["n"] for p in checker.points([n + 200 + x])[21:]] == [200, 200]
+    numbers = [sympy.Integer(k) for k in (19, 20, -21, 10**9, 10**9 + 1, 500, 600, 700)]
+    assert checker.constants(numbers) == [20, 21, 500, 600]
+    assert checker.constants([sympy.Rational(41, 2)]) == [Fraction(41, 2)]
+
+
+def test_pieces_of_the_comparison():
+    tree = checker.parse
+    names = ("x", "AB", "f(x)", "|x|", "(p,q)", r"\frac{a}{b}", "a:b", "i", "e", "ab")
+    assert [checker.name(tree(text)) for text in names] == [True] * len(names)
+    others = ("2", "x+1", "2x", r"\pi", "(x,1)", "x^2", "-x")
+    assert [checker.name(tree(text)) for text in others] == [False] * len(others)
+    assert checker.symbols(tree(r"ax+\sum_{k=1}^{n} k b")) == {"a", "x", "n", "b"}
+    assert checker.contains(tree("1+(x,2)"), ("tuple", "(", ")"))
+    assert not checker.contains(tree("1+(x,2]"), ("tuple", "(", ")"))
+    for text, digits, ulp in (
+        ("2.50", 3, "1/100"), ("-2.5", 2, "1/10"), ("2.5%", 2, "1/1000"), ("5", 0, "0"),
+        (r"2.5\cdot10^3", 2, "100"), (r"2.5\cdot10^{-3}", 2, "1/10000"), ("x", 0, "0"),
+        (r"2.5\cdot10^{399}", 2, "1" + "0" * 398), (r"2.5\cdot10^{400}", 0, "0"),
+    ):  # fmt: skip
+        assert checker.decimal(tree(text)) == (digits, Fraction(ulp)), text
+    assert checker.without_constant(tree("x+C")) == ("add", X)
+    assert checker.without_constant(tree("x+c+1")) == ("add", X, ONE)
+    for text in ("x", "C+C", "Cx+C", "x+D", "xC"):
+        assert checker.without_constant(tree(text)) is None, text
+    assert checker.renamed(tree("2x+y"), "x", "z") == tree("2z+y")
+    assert checker.spread(tree("(x,y)=(2,3)")) == tree("x=2,y=3")
+    for text in ("(x,y)=(2,3,1)", "(x,1)=(2,3)", "x=2", "(x,y)"):
+        assert checker.spread(tree(text)) == tree(text)
+    inf = ("const", "inf")
+    for text, ends in (
+        ("1<x<2", "(1,2)"), (r"1\le x<2", "[1,2)"), (r"1<x\le2", "(1,2]"),
+        ("x<2", ("tuple", "(", ")", ("neg", inf), TWO)),
+        (r"x\le2", ("tuple", "(", "]", ("neg", inf), TWO)),
+        ("x>2", ("tuple", "(", ")", TWO, inf)), (r"2\le x", ("tuple", "[", ")", TWO, inf)),
+        ("2<x", ("tuple", "(", ")", TWO, inf)), (r"2\ge x", ("tuple", "(", "]", ("neg", inf), TWO)),
+        ("x=2", ("set", TWO)), (r"x\ne2", ("minus", ("reals",), ("set", TWO))),
+        ("x<y", "x<y"), ("x^2<4", "x^2<4"), ("|x|<2", "|x|<2"), ("x<x+1", "x<x+1"),
+    ):  # fmt: skip
+        expected = tree(ends) if isinstance(ends, str) else ends
+        assert checker.interval(tree(text)) == expected, text
+    assert checker.unknowns(tree("x>1 and y<2")) == {X, Y}
+    assert checker.unknowns(tree("x^2>1")) == {X}
+    assert checker.parts(tree("x<1 or x>5 or x=3")) == [
+        tree("x<1"), tree("x>5"), tree("x=3"),
+    ]  # fmt: skip
+
+
+def test_letters_of_choices():
+    for text, found in (
+        ("(C)", ("C", True)), ("C", ("C", True)), ("C.", ("C", True)), ("(C) 12", ("C", False)),
+        ("Option C", ("C", True)), (r"\text{(B)}", ("B", True)), ("C: as D is", ("C", False)),
+        ("A and B", ("", False)), ("A, B", ("", False)), ("(A) or (B)", ("", False)),
+        ("K", ("", False)), ("c", ("", False)), ("A+1", ("", False)), ("Bad", ("", False)),
+        ("C. (D) is wrong", ("", False)), ("C. It is (C)", ("C", False)),
+    ):  # fmt: skip
+        assert checker._choice(text) == found, text
+
+
+def test_readings_of_digit_groups():
+    """A number; a list too where it may be one."""
+    readings = checker._readings
+    pair = ("list", num(1), num(234))
+    assert readings("1,234", "5") == [num(1234)]
+    assert readings("1,234", "1, 234") == [num(1234), pair]
+    assert readings("1,034", "1, 34") == [num(1034)]
+    assert readings("12", "x") == [num(12)]
+    assert readings("(1,234)", "x") == [num(1234), ("tuple", "(", ")", num(1), num(234))]
+    assert readings("100,200,300", "x")[1] == ("list", num(100), num(200), num(300))
+    assert readings("1,234,567", "x") == [num(1234567)]
+
+
+def test_more_pairs():
+    """Each way in which two forms are compared, with a near miss beside."""
+    for a, same, other in (
+        ("5 cm", "0.05 m", "0.5 m"),
+        ("5 cm", "5", "6"),
+        (r"5\%", "0.05", "0.5"),
+        (r"5\%", "5", "50"),
+        ("5 cm", r"x=5\text{ cm}", r"x=6\text{ cm}"),
+        ("x=5", "5", "4"),
+        (r"180\deg", r"\pi", r"2\pi"),
+        ("a+b=3+14=17", "17", "14"),
+        ("2+3=5", "5", "6"),
+        ("(1,2)", "x=1,y=2", "x=2,y=1"),
+        ("1,2,3", "3,2,1", "3,2,2"),
+        ("1,1,2", "2,1", "2,3"),
+        ("x=2y", "2x=4y", "2x=5y"),
+        ("f(x)=x+1", "f(t)=t+1", "f(t)=t+2"),
+        ("2x<4", "x<2", "x<3"),
+        ("-x<4", "x>-4", "x<-4"),
+        ("x+y<4", "2x+2y<8", r"2x+2y\le8"),
+        ("1:2", "2:4", "2:5"),
+        ("1:2:3", "2:4:6", "2:4:7"),
+        ("1:2", r"\frac12", r"\frac13"),
+        ("9:05 AM", "9:05 am", "9:06"),
+        (r"x\equiv1\pmod3", r"x\equiv4\pmod3", r"x\equiv4\pmod5"),
+        ("1.0000000000", "1", "1.1"),
+        (r"\{1,2\}", "1,2", "1,3"),
+        (r"(-\infty,3)", "x<3", r"x\le3"),
+        ("[1,2]", r"1\le x\le2", "1<x<2"),
+        (r"\{1\}\cup\{2\}", r"\{1,2\}", r"\{1,3\}"),
+        (r"[0,2]\cap[1,3]", "[1,2]", "[1,3]"),
+        (r"[0,3]\setminus[1,3]", "[0,1)", "[0,1]"),
+        ("x+C", "x+5+C", "2x+C"),
+        ("3.1415926536", r"\pi", "3"),
+        (r"\log 100", "2", "3"),
+        ("x^2+1", "1+x^2", "1-x^2"),
+        ("2^n", r"2\cdot2^{n-1}", "2^{n-1}"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)", "(2,1)"),
+        (r"\text{yes, no}", r"\text{no, yes}", r"\text{no, no}"),
+        ("AC", "C and A", "C and B"),
+        ("16_8", "(16)_{8}", "16_9"),
+        (
+            r"\begin{cases}1&x>2\\3&x\le2\end{cases}",
+            r"\begin{cases}3&x\le2\\1&x>2\end{cases}",
+            r"\begin{cases}3&x>2\\1&x\le2\end{cases}",
+        ),
+        (r"\frac{x^2-1}{x-1}", "x+1", "x-1"),
+    ):
+        assert_equal(a, same)
+        assert_different(a, other)
+    assert checker.is_equal("x" * 2000, "x" * 1000 + " " + "x" * 1000) is False
+    assert checker.is_equal("x " * 4000, "x  " * 4000)
+    assert not checker.is_equal("x " * 4000, "x  " * 3999 + "y")
+
+
+def test_gold_solutions():
+    """A gold may be a whole solution: its own box, or where it is long its last value."""
+    long = "Here there are many words about what should surely come before this: "
+    assert checker.grade("\\boxed{5}", "We add and get \\boxed{5}")
+    assert checker.grade("\\boxed{5}", "so\n#### 5")
+    assert checker.grade("\\boxed{5}", long + "the answer is 5")
+    assert not checker.grade("\\boxed{5}", long + "the answer is 6")
+    assert checker.grade("no number here at all", "no number here at all")
+    assert not checker.grade("a" * 1501, "a" * 1501)
+
+
+def test_report_of_cases(tmp_path, capsys):
+    """Counts, shares and what went wrong; a file that cannot be read is one line."""
+    rows = [
+        {"response": "\\boxed{1}", "gold": "1", "expect": True},
+        {"response": "\\boxed{1}", "gold": "2", "expect": False},
+        {"response": "\\boxed{1}", "gold": "1", "expect": False, "id": "a"},
+        {"response": "\\boxed{3}", "gold": "2", "expect": True, "id": "b"},
+        {"response": "\\boxed{3}", "gold": "4", "expect": True},
+        {"response": "\\boxed{3}", "gold": "4"},
+    ]
+    file = tmp_path / "c.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, rows)))
+    assert checker.main([str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "false accept a: '1' against '1'", "false reject b: '2' against '3'",
+        "false reject : '4' against '3'",
+    ]  # fmt: skip
+    report = f"{file}: 6 rows; 40.00% right, 1 false accepts, 2 false rejects; median "
+    assert lines[3].startswith(report)
+    times = re.fullmatch(r"median ([\d.]+) ms, p99 ([\d.]+) ms, longest ([\d.]+) ms",
+                         lines[3].split("; ")[-1])  # fmt: skip
+    assert times
+    assert float(times[1]) <= float(times[2]) <= float(times[3]) + 0.06
+    file.write_text(json.dumps(rows[-1]))
+    assert checker.main([str(file)]) == 0
+    assert capsys.readouterr().out.startswith(f"{file}: 1 rows; median ")
+    for text, said in (
+        ('{"gold": 1}', "rows without response"), ("{}", "rows without gold and response"),
+        ("", ""), ("{", "Expecting property name"), ("3", "'int' object is not iterable"),
+    ):  # fmt: skip
+        file.write_text(text)
+        assert checker.main([str(file)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"checker.py: {file}: {said}")
+        assert error.count("\n") == 1
+    assert checker.main([str(tmp_path / "none")]) == 2
+    capsys.readouterr()
+    assert checker.main([]) == 2
+    assert checker.main(["-h"]) == checker.main(["--help"]) == 0
+    assert capsys.readouterr().out.count("usage: python checker.py CASES.jsonl") == 3

@@ -2,17 +2,25 @@
 
 import copy
 import gc
+import json
 import math
 import random
 import time
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 import fomaml
+import plots
 from data import (
+    DataError,
     Encoded,
+    Example,
+    Task,
     collate,
     draw_support,
     encode,
@@ -21,17 +29,27 @@ from data import (
     sample_episode,
     template,
 )
-from model import World, load_config, load_weights, set_gradients, token_loss
+from model import (
+    World,
+    layers_to_shard,
+    load_config,
+    load_weights,
+    set_gradients,
+    token_loss,
+)
+from run import Run
 from tests import sharded_gradients
 from tests.helpers import (
     all_rows,
     assert_same_weights,
     chunks,
     functional,
+    logged,
     meta_gradient,
     one_rank_mesh,
     random_episodes,
     reference_loss,
+    run_here,
     run_well,
     small_llama,
     weights_of,
@@ -414,3 +432,398 @@ def test_five_buffers(tasks, steps):
     print(f"\nT={tasks}, K={steps}: peak {peak / n:.2f} parameter-sized buffers")
     assert peak >= 5 * n
     assert peak <= 5 * n + 4 * largest  # and a few gradients in flight
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows, tokens and inner steps
+
+
+def test_rows_of_a_rank():
+    """From the shortest on every other one, equally many on both; micro_batch at a time."""
+    lengths = [9, 3, 8, 5, 4, 7]
+    rows = [Encoded(list(range(n)), 2) for n in lengths]
+    model = small_llama()
+    found = {}
+    for rank in range(2):
+        for micro_batch in (0, 1, 2):
+            args = fomaml.Args(micro_batch=micro_batch)
+            world = World(torch.device("cpu"), rank, 2)
+            learner = fomaml.MetaLearner(model, args, world, 63, {})
+            batches = learner.micro_batches(rows)
+            widths = [(batch["input_ids"] != 63).sum(1).tolist() for batch in batches]
+            found[rank, micro_batch] = widths
+    assert found == {
+        (0, 0): [[3, 5, 8]], (0, 1): [[3], [5], [8]], (0, 2): [[3, 5], [8]],
+        (1, 0): [[4, 7, 9]], (1, 1): [[4], [7], [9]], (1, 2): [[4, 7], [9]],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_a_gradient_of_two_ranks_is_averaged(micro_batch):
+    """Each rank's part is over the tokens of all rows, times the number of ranks, as FSDP2 takes
+    the mean over them."""
+    model = small_llama()
+    episodes, tokens = random_episodes(1, 2, 4)
+    (episode,) = episodes
+    theta = weights_of(model)
+    gradients, losses = [], []
+    for rank in range(2):
+        args = fomaml.Args(micro_batch=micro_batch)
+        learner = fomaml.MetaLearner(model, args, World(torch.device("cpu"), rank, 2), 0, tokens)
+        got = {}
+        losses.append(learner.backward(episode.query, got.__setitem__))
+        gradients.append([got[i] for i in range(len(got))])
+        with_denominator = {}
+        learner.backward(episode.query, with_denominator.__setitem__, denominator=7)
+        count = response_tokens([tokens[e.id] for e in episode.query])
+        for i, g in got.items():
+            torch.testing.assert_close(with_denominator[i] * 7, g * count)
+        for p in learner.params:
+            assert p.grad is None
+    reference = Reference(model, tokens)
+    expected = reference.gradient(leaves(theta), episode.query)
+    for a, b, e in zip(*gradients, expected.values(), strict=True):
+        torch.testing.assert_close((a + b) / 2, e, rtol=1e-8, atol=1e-10)
+    loss = reference.loss(theta, episode.query)
+    assert sum(losses).item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fomaml", "reptile", "maml", "joint"])
+def test_tokens_of_a_task_are_counted(method):
+    """All rows once, prompts too; a measurement counts nothing."""
+    episodes, tokens = random_episodes(2, 4, 3)
+    learner = plain_learner(small_llama(attn_implementation="eager"), tokens, tasks_per_step=2)
+    one_task = partial(learner.joint, 1) if method == "joint" else getattr(learner, method)
+    meta_gradient(learner, one_task, episodes, measure_gain=True)
+    assert learner.tokens_seen == sum(len(tokens[e.id].ids) for e in all_rows(episodes))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_inner_steps_are_watched_and_cut(optimizer):
+    """The limit lies between the norms of the steps: one is cut to it, others stay. A weight that
+    the batch does not reach stays, those behind it do not."""
+    model = small_llama()
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    assert next(iter(dict(model.named_parameters()))) == "unused"
+    episodes, tokens = random_episodes(1, 6, 2)
+    batches = chunks(episodes[0].support, 2)
+    reference = Reference(model, tokens)
+    theta = {n: p for n, p in weights_of(model).items() if n != "unused"}
+    kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    norms = []
+    for clip in (1e9, None):
+        theta_i = leaves(theta)
+        steps = kinds[optimizer](theta_i.values(), lr=0.002)
+        if clip is None:
+            clip = sorted(norms)[1]
+        for examples in batches:
+            steps.zero_grad()
+            loss = reference.loss(theta_i, examples)
+            loss.backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(theta_i.values(), clip).item())
+            steps.step()
+    settings = {"inner_optimizer": optimizer, "inner_lr": 0.002}
+    learner = plain_learner(model, tokens, inner_clip=clip, **settings)
+    seen = []
+    last = learner.adapt(episodes[0].support, seen.append)
+    assert seen == [1, 2, 3]
+    assert last.item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, p in model.named_parameters():
+        if name != "unused":
+            torch.testing.assert_close(p.detach(), theta_i[name].detach(), rtol=1e-8, atol=1e-10)
+    assert model.unused.tolist() == [1, 1, 1]
+
+
+# --------------------------------------------------------------------------------------------------
+# The script: defaults, checks, the numbers of its loop
+
+
+def test_defaults_of_the_demonstration():
+    """What the figures in README.md and docs/fomaml.md were measured with."""
+    assert asdict(fomaml.Args()) == {
+        "model": "tiny", "data": "ciphers", "task_column": None, "heldout_subjects": (),
+        "support_ratio": 0.3, "query_ratio": 0.4, "training_tasks": 0, "max_length": 2048,
+        "output_dir": "runs/fomaml", "seed": 42,
+        "meta_gradient": "fomaml", "inner_steps": 5, "inner_lr": 3e-3, "learn_inner_lr": "no",
+        "rate_lr": 0.03, "inner_optimizer": "adam", "inner_clip": 0.0, "shots": 30,
+        "support_batch": 30, "query_batch": 20, "tasks_per_step": 4, "steps": 120,
+        "outer_lr": 1e-3, "warmup_ratio": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.01,
+        "clip": 1.0, "reptile_epsilon": 0.5,
+        "eval_every": 60, "eval_problems": 20, "eval_tasks": 10, "eval_max_new_tokens": 12,
+        "eval_curve": True, "gain_every": 10, "save_every": 60, "keep": 5, "resume": False,
+        "dry_run": False, "wandb": False, "push_to_hub": None,
+        "replicas": 1, "micro_batch": 0, "activation_checkpointing": False,
+        "offload_theta": False, "cpu_offload": False, "compile": False,
+        "trust_remote_code": False,
+    }  # fmt: skip
+
+
+SGD = {"meta_gradient": "maml", "inner_optimizer": "sgd"}
+CHECKED = [
+    ({}, 1, None),
+    ({"replicas": 2}, 4, None),
+    ({"replicas": 4}, 4, None),
+    ({"replicas": 3}, 4, "--replicas 3 does not divide the 4 ranks"),
+    ({"replicas": 4}, 2, "--replicas 4 does not divide the 2 ranks"),
+    (
+        {"replicas": 2, "tasks_per_step": 3},
+        2,
+        "--tasks-per-step 3 cannot be shared equally by 2 replicas",
+    ),
+    ({"replicas": 2, "support_batch": 5, "query_batch": 5, "tasks_per_step": 2}, 2, None),
+    (
+        {"support_batch": 5},
+        2,
+        "--support-batch 5 is not a multiple of the 2 ranks that share a task",
+    ),
+    (
+        {"replicas": 2, "query_batch": 3, "support_batch": 4},
+        4,
+        "--query-batch 3 is not a multiple of the 2 ranks that share a task: raise it, or raise "
+        "--replicas",
+    ),
+    ({"shots": 0, "support_batch": 31}, 1, None),
+    ({"shots": 1, "support_batch": 2}, 1, "--support-batch 2 is more than the --shots 1 of an"),
+    ({"support_batch": 31}, 1, "--support-batch 31 is more than the --shots 30 of an episode"),
+    ({"learn_inner_lr": "scalar"}, 1, None),
+    ({"learn_inner_lr": "tensor", "meta_gradient": "joint"}, 1, "--learn-inner-lr needs"),
+    (SGD, 1, None),
+    (SGD, 2, "--meta-gradient maml runs in one process"),
+    (SGD | {"inner_clip": 0.5}, 1, "--meta-gradient maml runs in one process"),
+    (SGD | {"micro_batch": 1}, 1, "--meta-gradient maml runs in one process"),
+    (SGD | {"inner_optimizer": "adam"}, 1, "--meta-gradient maml runs in one process"),
+    ({"meta_gradient": "reptile", "micro_batch": 1}, 2, None),
+]
+
+
+@pytest.mark.parametrize("options,ranks,message", CHECKED)
+def test_arguments_that_cannot_work(options, ranks, message):
+    if message is None:
+        fomaml.check(fomaml.Args(**options), ranks)
+        return
+    with pytest.raises(DataError, match=f"^{message}"):
+        fomaml.check(fomaml.Args(**options), ranks)
+
+
+def test_longest_prompt():
+    """As many support rows as are shown at once, and the problem's own, each the longest."""
+    tokens = {"a": Encoded([0] * 7, 2), "b": Encoded([0] * 10, 2)}
+    for shots, rows in ((0, 7), (1, 2), (4, 5), (6, 7), (9, 7)):
+        args = fomaml.Args(inner_steps=2, support_batch=3, shots=shots)
+        assert fomaml.longest_prompt(args, tokens) == 10 * rows
+
+
+@pytest.mark.parametrize("method", ["fomaml", "in_context"])
+def test_positions_that_are_asked_for(method, sums, monkeypatch):
+    rows = {"support_batch": 3, "query_batch": 3, "shots": 4}
+    args = fomaml.Args(data=str(sums), meta_gradient=method, **rows)
+    world, asked = World(torch.device("cpu")), []
+    longest = max(len(row.ids) for row in fomaml.prepare(args, world)[-1].values())
+    monkeypatch.setattr(fomaml, "check_positions", lambda _, *limits: asked.append(limits))
+    fomaml.prepare(args, world)
+    prompt = [(5 * longest, "--shots")] if method == "in_context" else []
+    assert asked == [(longest, "--max-length"), *prompt]
+
+
+def test_what_a_dry_run_says(monkeypatch, capsys):
+    """Rows of a meta-step times the mean length; disk for the checkpoints that are kept."""
+    rows = [Example("", "", "", "", 0, str(i)) for i in range(6)]
+    tokens = {"0": Encoded([0] * 10, 4), "1": Encoded([0] * 30, 4)}
+    tasks = [Task("one", rows[:3], rows[3:5], rows[5:])]
+    asked = []
+    monkeypatch.setattr(fomaml, "prepare", lambda *_: (None, None, tasks, tasks, tokens))
+    monkeypatch.setattr(fomaml, "needs", lambda *_: "needs")
+    monkeypatch.setattr(fomaml, "check_space", lambda *args: asked.append(args) or ["reason"])
+    args = fomaml.Args(tasks_per_step=3, inner_steps=5, support_batch=4, query_batch=7)
+    world = World(torch.device("cpu"))
+    assert fomaml.examine(args, world) == ["reason"]
+    assert asked == [(world, "needs", "runs/fomaml", 3)]  # at steps 60 and 120, and one in writing
+    assert capsys.readouterr().out == (
+        "  one: 3 support, 2 query, 1 test\n"
+        "about 1,620 tokens per step; mean sequence 20, longest 30\n"
+    )
+
+
+def test_one_process_needs_no_fsdp(process_group):
+    """Two shards do; exact MAML takes the attention that has second derivatives."""
+    config, _ = load_config("tiny")
+    world = World(torch.device("cpu"), mesh=one_rank_mesh())
+    for method, attention in (("fomaml", "sdpa"), ("maml", "eager")):
+        args = fomaml.Args(meta_gradient=method, activation_checkpointing=True)
+        model = fomaml.build(args, config, world)
+        assert not any(isinstance(m, FSDPModule) for m in model.modules())
+        assert model.config._attn_implementation == attention
+        (reentrant,) = {
+            block._gradient_checkpointing_func.keywords["use_reentrant"]
+            for block in layers_to_shard(model)
+        }
+        assert reentrant is False
+        assert model.training
+    two = World(torch.device("cpu"), size=2, mesh=one_rank_mesh())
+    for method, wrapped in (("fomaml", 6), ("maml", 0)):
+        model = fomaml.build(fomaml.Args(meta_gradient=method), config, two)
+        assert sum(isinstance(m, FSDPModule) for m in model.modules()) == wrapped
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory) -> Path:
+    """A file with three tasks of 20 short problems, read faster than the sources with names."""
+    rows = []
+    for task, word in (("sum", "plus"), ("more", "and"), ("with", "with")):
+        for i in range(20):
+            row = {"task": task, "problem": f"What is {i} {word} 1?", "answer": str(i + 1)}
+            rows.append(row | {"solution": f"It is \\boxed{{{i + 1}}}."})
+    file = tmp_path_factory.mktemp("sums") / "sums.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+SHORT = [
+    "--steps", "4", "--save-every", "9", "--inner-steps", "2",
+    "--tasks-per-step", "2", "--support-batch", "2", "--query-batch", "3", "--shots", "0",
+    "--eval-problems", "2", "--eval-tasks", "2", "--eval-max-new-tokens", "2",
+]  # fmt: skip
+
+
+def test_numbers_of_a_run(small_model, sums, tmp_path, capsys, monkeypatch):
+    """The schedule, which steps measure the gain and which evaluations the curve, the tokens and
+    FLOPs of a step, what is said of the size."""
+    monkeypatch.setattr(plots, "figure", lambda *_: None)
+    counted, log = [], Run.log
+
+    def noted(self, step, metrics, tokens, flops_per_token):
+        counted.append((tokens, flops_per_token))
+        log(self, step, metrics, tokens, flops_per_token)
+
+    monkeypatch.setattr(Run, "log", noted)
+    flags = [
+        "--model",
+        small_model,
+        "--data",
+        sums,
+        *SHORT,
+        "--eval-every",
+        "2",
+        "--gain-every",
+        "3",
+    ]
+    assert run_here(fomaml, *flags, "--output-dir", tmp_path / "r") == 0
+    size = load_weights(str(small_model)).num_parameters()
+    assert f"fomaml: {size / 1e6:.1f}M parameters, 1 rank(s)" in capsys.readouterr().out
+    rows = logged(tmp_path / "r")
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.25e-3])
+    assert ["meta/adaptation_gain" in row for row in rows] == [True, False, True, False]
+    assert not any("inner_lr/lowest" in row for row in rows)
+    evaluations = logged(tmp_path / "r", "evaluations.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    for row, points in zip(evaluations, (3, 0, 3), strict=True):
+        assert len(row["tasks"]) == 2
+        for numbers in row["tasks"].values():
+            assert numbers["problems"] == 2
+            assert len(numbers.get("steps", ())) == points
+    args = fomaml.Args(data=str(sums), support_batch=2, query_batch=3, shots=0)
+    _, _, tasks, _, tokens = fomaml.prepare(args, World(torch.device("cpu")))
+    expected = []
+    for step in range(4):
+        episodes = [sample_episode(tasks, 42, step, place, 4, 3) for place in range(2)]
+        expected.append((sum(len(tokens[e.id].ids) for e in all_rows(episodes)), 6 * size))
+    assert counted == expected
+
+
+@pytest.mark.parametrize(
+    "flags,measured",
+    [
+        (["--gain-every", "1"], [True] * 4),
+        (["--gain-every", "2"], [True, True, False, True]),
+        (["--gain-every", "0"], [False] * 4),
+        (["--gain-every", "1", "--meta-gradient", "joint"], [False] * 4),
+    ],
+)
+def test_steps_that_measure_the_gain(flags, measured, small_model, sums, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "figure", lambda *_: None)
+    settings = ["--model", small_model, "--data", sums, *SHORT, "--eval-every", "-1", *flags]
+    assert run_here(fomaml, *settings, "--output-dir", tmp_path / "r") == 0
+    assert ["meta/adaptation_gain" in row for row in logged(tmp_path / "r")] == measured
+
+
+def test_no_training_and_no_curve(small_model, sums, tmp_path, monkeypatch):
+    """The evaluation alone, once."""
+    monkeypatch.setattr(plots, "figure", lambda *_: None)
+    for curve, points in (([], 3), (["--no-eval-curve"], 0)):
+        settings = [
+            "--model",
+            small_model,
+            "--data",
+            sums,
+            *SHORT,
+            "--meta-gradient",
+            "none",
+            *curve,
+        ]
+        folder = tmp_path / str(points)
+        assert run_here(fomaml, *settings, "--output-dir", folder) == 0
+        assert logged(folder) == []
+        (row,) = logged(folder, "evaluations.jsonl")
+        assert row["step"] == 0
+        for numbers in row["tasks"].values():
+            assert len(numbers.get("steps", ())) == points
+
+
+@pytest.mark.parametrize("kind", ["scalar", "tensor"])
+def test_first_change_of_learned_rates(kind, small_model, sums, tmp_path, monkeypatch):
+    """Adam's first step on log alpha is --rate-lr up or down, times the schedule."""
+    monkeypatch.setattr(plots, "figure", lambda *_: None)
+    flags = [
+        "--model",
+        small_model,
+        "--data",
+        sums,
+        *SHORT,
+        "--eval-every",
+        "-1",
+        "--learn-inner-lr",
+        kind,
+    ]
+    flags += ["--steps", "4", "--warmup-ratio", "0.5", "--inner-lr", "0.01", "--rate-lr", "0.2"]
+    assert run_here(fomaml, *flags, "--output-dir", tmp_path / "r") == 0
+    rows = logged(tmp_path / "r")
+    lowest, highest = rows[0]["inner_lr/lowest"], rows[0]["inner_lr/highest"]
+    down, up = 0.01 * math.exp(-0.2 / 2), 0.01 * math.exp(0.2 / 2)
+    if kind == "scalar":
+        assert lowest == highest
+        assert min(abs(lowest - down), abs(lowest - up)) < 1e-8
+        assert all(row["inner_lr/lowest"] == row["inner_lr/highest"] for row in rows)
+    else:
+        assert (lowest, highest) == pytest.approx((down, up), abs=1e-8)
+
+
+def test_rates_that_are_warned_of(small_model, sums, tmp_path, capsys, monkeypatch):
+    """From 3e-4 on outside, from 2e-3 (Adam) or 0.05 (SGD) on inside."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fomaml, "build", interrupted)
+    found = {}
+    for outer, inner, optimizer in (
+        (3e-4, 1.9e-3, "adam"), (2.9e-4, 2e-3, "adam"), (2.9e-4, 0.049, "sgd"), (0.1, 0.05, "sgd"),
+    ):  # fmt: skip
+        flags = ["--outer-lr", outer, "--inner-lr", inner, "--inner-optimizer", optimizer]
+        flags += ["--data", sums, "--support-batch", "4", "--query-batch", "4"]
+        flags += ["--model", small_model]
+        assert run_here(fomaml, *flags, "--output-dir", tmp_path / "r") == 130
+        warnings = [w for w in capsys.readouterr().out.splitlines() if w.startswith("warning")]
+        found[outer, inner] = warnings
+    line = (
+        "warning: --{}-lr {} is a rate for the embedded models: a real one wants less than {}, or "
+        "its weights are lost"
+    )
+    assert found == {
+        (3e-4, 1.9e-3): [line.format("outer", "0.0003", "0.0003")],
+        (2.9e-4, 2e-3): [line.format("inner", "0.002", "0.002")],
+        (2.9e-4, 0.049): [],
+        (0.1, 0.05): [
+            line.format("outer", "0.1", "0.0003"),
+            line.format("inner", "0.05", "0.05"),
+        ],
+    }

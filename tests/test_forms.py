@@ -17,7 +17,19 @@ import data
 from data import DataError, load_tasks, local_rows
 from games.problems import _source, load_problems
 from model import load_config
-from sources import read_rows
+from sources import (
+    Columns,
+    cell_of,
+    find_columns,
+    given_answer,
+    hub_tables,
+    local_tables,
+    present,
+    read_rows,
+    read_tables,
+    reason_of,
+    texts_of,
+)
 from tests.helpers import ROOT
 
 TEXTS = [
@@ -400,6 +412,237 @@ def test_metadata(tmp_path):
         write_lines(tmp_path / "a.jsonl", [whole, whole | {"metadata": broken}])
         said = one_line(tmp_path / "a.jsonl", None)
         assert "row 2: column metadata is not JSON" in said or "\\ud800" in said
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables of files and folders, columns of a row
+
+
+def test_reasons_are_short():
+    half = UnicodeEncodeError("utf-8", "ab\ud83d", 2, 3, "surrogates not allowed")
+    for error, said in (
+        (RecursionError("maximum depth"), "nested too deeply"),
+        (half, "\\ud83d is half a character, which is no text"),
+        (ValueError("  \nfirst\nsecond"), "first"),
+        (ValueError("x" * 201), "x" * 200),
+        (KeyError(), "KeyError"),
+        (ValueError(" "), "ValueError"),
+    ):
+        assert reason_of(error) == said
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_tables_of_json(tmp_path):
+    """A list, "data", splits by any of their names, or one row: also a row with lists in it."""
+    row, path = {"problem": "p", "solution": "s"}, tmp_path / "a.json"
+    named = ("train", "test", "validation", "valid", "val", "dev")
+    for content, tables in (
+        ([row, row], {"": [row, row]}),
+        ({"data": [row], "train": [row, row], "version": 2}, {"": [row]}),
+        ({name: [row] for name in named}, {name: [row] for name in named}),
+        ({"dev": [row], "notes": [row], "n": 1}, {"dev": [row]}),
+        ({"notes": [row]}, {"": [{"notes": [row]}]}),
+        ({"train": {"a": 1}}, {"": [{"train": {"a": 1}}]}),
+        (row, {"": [row]}),
+        (row | {"test": ["x"]}, {"": [row | {"test": ["x"]}]}),
+        ({"data": {"a": 1}}, {"": [{"data": {"a": 1}}]}),
+        ([], {"": []}),
+    ):
+        assert read_tables(write_json(path, content)) == tables
+    assert read_rows(write_json(path, {"train": [row], "test": [row | {"n": 1}]})) == [
+        row, row | {"n": 1},
+    ]  # fmt: skip
+    for text, said in (
+        ("[\n  {]", "line 2, column 4: Expecting property name enclosed in double quotes"),
+        ("3", "it holds no list of rows"),
+        ("[{}, 3]", "row 2 is no object with named columns"),
+        ('[{}, {"a": "\\ud800"}]', "row 2: \\ud800 is half a character, which is no text"),
+        ('{"a": 1}\n{"a": }', "line 2, column 7: Expecting value"),
+        ("[1] [2]", "line 1, column 5: Extra data"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError) as caught:
+            read_tables(path)
+        assert str(caught.value) == f"cannot read {path}: {said}"
+    path.write_text(' {"a": 1}\n\n{"a": "\\u00e9"}\n')
+    assert read_tables(path) == {"": [{"a": 1}, {"a": "é"}]}
+
+
+def test_tables_of_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('a,b\n1,"x\ny"\n2\n')
+    assert read_tables(path) == {"": [{"a": "1", "b": "x\ny"}, {"a": "2", "b": None}]}
+    for text, said in (
+        ("a,b\n1,2\n1,2,3\n", ": line 3: more fields than the first line names"),
+        ('a,b\n"1" x,2\n', ": ',' expected after '\"'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(DataError) as caught:
+            read_tables(path)
+        assert str(caught.value).startswith(f"cannot read {path}: line ")
+        assert str(caught.value).endswith(said)
+
+
+def tables_of(path) -> list[tuple]:
+    """(where below the path, whether it is of a test split, the number of rows)"""
+    found = []
+    for source, is_test, rows in local_tables(str(path)):
+        found.append((source.removeprefix(f"{path}/"), is_test, len(rows)))
+    return found
+
+
+def test_tables_of_folders(tmp_path):
+    """Of a test split: a file whose name begins with test, one in a folder of that name, a split of
+    that name; where there is nothing else, these are rows as others. A folder's own files hide
+    those below; hidden folders, caches and what tells about the data are no data."""
+    row = {"problem": "p", "solution": "s"}
+    deep = tmp_path / "deep"
+    for name in (
+        "b/train.json",
+        "a/test/x.json",
+        "few_shot_eval/y.json",
+        ".git/z.json",
+        "a/latest.json",
+        "testing/x.json",
+        "a/.cache/q/x.json",
+        "a/state.json",
+    ):
+        (deep / name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(deep / name, [row] * 2)
+    (deep / "a" / "cache-1.arrow").write_text("")
+    (deep / "a" / "readme.md").write_text("")
+    (deep / "a" / "folder.json").mkdir()
+    assert tables_of(deep) == [
+        ("a/latest.json", False, 2), ("a/test/x.json", True, 2), ("b/train.json", False, 2),
+        ("few_shot_eval/y.json", True, 2), ("testing/x.json", False, 2),
+    ]  # fmt: skip
+    assert tables_of(deep / "a" / "test") == [("x.json", False, 2)]
+    write_json(deep / "tests.json", [row])
+    write_json(deep / "dataset_info.json", [row])
+    assert tables_of(deep) == [("tests.json", False, 1)]
+    write_json(deep / "m.json", {"test": [row], "dev": [row] * 3})
+    assert tables_of(deep) == [
+        ("m.json/test", True, 1), ("m.json/dev", False, 3), ("tests.json", True, 1),
+    ]  # fmt: skip
+    write_json(deep / "m.json", {"test": [row]})
+    assert tables_of(deep) == [("m.json/test", False, 1), ("tests.json", False, 1)]
+    alone = deep / "tests.json"
+    assert [source for source, *_ in local_tables(str(alone))] == [str(alone)]
+    for nothing in ("", str(tmp_path / "none")):
+        with pytest.raises(DataError) as caught:
+            local_tables(nothing)
+        assert str(caught.value).startswith(f"no such file or folder: {nothing} (--data takes ")
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError) as caught:
+        local_tables(str(tmp_path / "a.txt"))
+    assert str(caught.value) == (
+        f"{tmp_path / 'a.txt'}: no .json, .jsonl, .jsonl.gz, .parquet, .csv, .arrow file"
+    )
+
+
+def test_hub_that_fails(monkeypatch):
+    def fail(name, config):
+        raise ConnectionError(f"no {name}\n{config}")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    for config, words in ((None, ""), ("algebra", " (algebra)")):
+        with pytest.raises(DataError) as caught:
+            hub_tables("a/b", config)
+        assert str(caught.value) == f"cannot load a/b{words} from the hub: no a/b"
+
+
+def test_columns_of_a_row():
+    """The first of the names that is there; a field of a column has a point before it."""
+    nested = {"a": {"b": 1, "c": None}, "a.d": 2}
+    assert present(nested, ("x", "a.z", "a.c", "a.b")) == "a.c"
+    assert present(nested, ("a.d",)) == "a.d"
+    assert present(nested, ("x.b", "b")) is None
+    assert present({"a": "text"}, ("a.b",)) is None
+    assert [cell_of(nested, name) for name in ("a.b", "a.c", "a.z", "a.d", "x.y", "a")] == [
+        1, None, None, 2, None, nested["a"],
+    ]  # fmt: skip
+    chat = {"messages": []}
+    for row, columns in (
+        ({"input": 1, "problem": 2, "output": 3, "solution": 4}, ("problem", "solution")),
+        ({"question": 1, "answer": 2}, ("question", "answer")),
+        ({"question": 1, "answer": 2, "choices": 3}, ("question", None)),
+        ({"question": 1, "answer": 2, "options": 3}, ("question", None)),
+        ({"problem": 1, "answer": 2}, ("problem", None)),
+        ({"question": 1, "extra_info": {"answer": 2}}, ("question", "extra_info.answer")),
+        ({"question": 1, "answer": 3, "extra_info": {"answer": 2}}, ("question", "answer")),
+        (chat, ("messages", "messages")),
+        (chat | {"prompt": 1}, ("messages", "messages")),
+        (chat | {"solution": 1}, ("messages", "messages")),
+        (chat | {"prompt": 1, "solution": 1}, ("prompt", "solution")),
+        ({}, (None, None)),
+    ):
+        assert find_columns(row) == Columns(*columns), row
+
+
+def talk(*turns: tuple[str, str]) -> list[dict]:
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def test_texts_of_a_row():
+    """What is asked and what is answered, in every form; None where one is no text."""
+    both = Columns("prompt", "response")
+    conversation = Columns("messages", "messages")
+    user, reply = ("user", "1 + 1?"), ("assistant", "2")
+    parts = [{"type": "text", "text": "1 + "}, {"type": "text", "text": "1?"}]
+    cases = [
+        ({"prompt": "p", "response": "r"}, both, ("p", "r")),
+        ({"prompt": "p", "response": " "}, both, None),
+        ({"prompt": "p"}, both, None),
+        ({"prompt": talk(user), "response": talk(reply)}, both, ("1 + 1?", "2")),
+        ({"prompt": talk(reply), "response": talk(reply)}, both, None),
+        ({"prompt": talk(user), "response": talk(user)}, both, None),
+        ({"messages": talk(user, reply)}, conversation, ("1 + 1?", "2")),
+        ({"messages": talk(user, reply, user, user)}, conversation, ("1 + 1?", "2")),
+        ({"messages": talk(("developer", "x"), user, reply)}, conversation, ("1 + 1?", "2")),
+        ({"messages": talk(user, user, reply)}, conversation, (
+            "User: 1 + 1?\n\nUser: 1 + 1?", "2",
+        )),
+        ({"messages": talk(user, reply, reply)}, conversation, None),
+        ({"messages": talk(reply)}, conversation, None),
+        ({"messages": talk(user)}, conversation, None),
+        ({"messages": talk(("robot", "x"), reply)}, conversation, None),
+        ({"messages": talk(("user", parts), reply)}, conversation, ("1 + 1?", "2")),
+        ({"messages": talk(("user", [*parts, "x"]), reply)}, conversation, None),
+        ({"messages": "x"}, conversation, None),
+        ({"instruction": "i", "input": "x", "context": "y", "output": "o"},
+         Columns("instruction", "output"), ("i\n\nx\n\ny", "o")),
+        ({"question": "q", "input": "", "context": "y", "answer": "o"},
+         Columns("question", "answer"), ("q\n\ny", "o")),
+        ({"instruction": "i", "input": 5, "output": "o"}, Columns("instruction", "output"), None),
+        ({"problem": "i", "input": "x", "output": "o"}, Columns("problem", "output"), ("i", "o")),
+    ]  # fmt: skip
+    for row, columns, texts in cases:
+        assert texts_of(row, columns) == texts, row
+    names = {"from": "human", "value": "1?"}, {"from": "gpt", "value": "2"}
+    assert texts_of({"messages": list(names)}, conversation) == ("1?", "2")
+
+
+def test_given_answers_of_a_row():
+    """The first column that gives one; a worked answer only behind ####."""
+    columns = Columns("question", "answer")
+    for row, answer in (
+        ({"answer": "so it is 5"}, None),
+        ({"answer": "so it is #### 5"}, "5"),
+        ({"answer": "1 #### 2 #### 3 "}, "3"),
+        ({"answer": "x", "ground_truth": 6}, "6"),
+        ({"final_answer": None, "expected_answer": 2.5, "ground_truth": "4"}, "2.5"),
+        ({"reward_model": {"ground_truth": ["a", None, "b"]}}, "a, b"),
+        ({"final_answer": "Null"}, None),
+        ({"final_answer": "NotFound", "ground_truth": 1}, ""),
+        ({"final_answer": [[], [None]]}, None),
+        ({"final_answer": False, "ground_truth": " x "}, " x "),
+    ):
+        assert given_answer(row, columns) == answer, row
+    assert given_answer({"answer": "5"}, Columns("problem", "solution")) == "5"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,15 +1,31 @@
 """meta_lora.py and lora.py: both stages against independent computations; files; ranks; time."""
 
+import json
 import math
+import pickle
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 import bench
 import meta_lora
-from data import response_tokens
-from lora import Adapters, dropout, write_adapter, write_merged
-from model import World, load_config, load_weights
+import plots
+from data import DataError, Encoded, Example, Task, response_tokens, sample_episode
+from lora import (
+    AdapterCheckpoint,
+    Adapters,
+    adapter_size,
+    check_targets,
+    dropout,
+    linear_layers,
+    write_adapter,
+    write_merged,
+)
+from model import ModelError, World, load_config, load_weights, skeleton
+from run import Run
 from tests.helpers import (
     all_rows,
     assert_same_weights,
@@ -17,6 +33,7 @@ from tests.helpers import (
     final_weights,
     functional,
     logged,
+    one_rank_mesh,
     random_episodes,
     reference_loss,
     run_here,
@@ -266,3 +283,546 @@ def test_round_against_peft(length, rows, least):
         f"median {ratios[1]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
     )
     assert ratios[1] > least
+
+
+# --------------------------------------------------------------------------------------------------
+# Adapters
+
+
+@pytest.mark.parametrize("p,dropped", [(0.25, 16384), (0.5, 32768), (0.05, 3277)])
+def test_share_of_dropout(p, dropped, monkeypatch):
+    """Of all numbers of 16 bits, once each: as many are dropped as p says; sizes that four does not
+    divide."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+
+    def fill(empty, low, high):
+        assert (low, high) == (-(2**63), None)
+        numbers = bits[torch.arange(4 * len(empty)) % 2**16]
+        return empty.copy_(numbers.view(torch.long))
+
+    monkeypatch.setattr(torch.Tensor, "random_", fill)
+    y = dropout(torch.ones(2**16 + 3), p)[: 2**16]
+    assert (y == 0).sum().item() == dropped
+    assert (y == 0).nonzero().max().item() == dropped - 1  # the lowest ones
+    assert y[-1].item() == pytest.approx(1 / (1 - p))
+
+
+def test_an_adapter_at_its_start():
+    """A is uniform in +-1 / sqrt(d_in), from the seed; B is zero, so nothing changes."""
+    model = small_llama(torch.float32)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(ids).logits
+    adapters = adapters_on(model, r=64)
+    names = [n for n, m in model.named_modules() if n.split(".")[-1] in TARGETS]
+    assert list(adapters.layers) == names
+    assert len(adapters.phi) == 2 * len(names) == 28
+    sizes = {"q_proj": (32, 32), "k_proj": (32, 16), "gate_proj": (32, 48), "down_proj": (48, 32)}
+    for i, name in enumerate(names):
+        A, B = adapters.phi[2 * i : 2 * i + 2]
+        assert B.abs().max() == 0
+        bound = A.shape[1] ** -0.5
+        assert A.abs().max().item() == pytest.approx(bound, rel=0.01)
+        assert A.abs().max().item() <= bound
+        assert A.mean().item() == pytest.approx(0, abs=4 * bound / math.sqrt(3 * A.numel()))
+        last = name.split(".")[-1]
+        if last in sizes:
+            assert (A.shape, B.shape) == ((64, sizes[last][0]), (sizes[last][1], 64))
+    adapters.start(1)
+    assert torch.equal(model(ids).logits, expected)
+    other = adapters_on(small_llama(torch.float32), r=64)
+    assert torch.equal(other.phi[0], adapters.phi[0])
+    other = adapters_on(small_llama(torch.float32), r=64, seed=43)
+    assert not torch.equal(other.phi[0], adapters.phi[0])
+
+
+def test_scale_of_an_adapter():
+    model = small_llama()
+    assert adapters_on(model, r=4, alpha=6).scale == 1.5
+    assert adapters_on(model, r=4, alpha=6, rank_stabilised=True).scale == 3.0
+
+
+def test_adapters_of_tasks_are_copies_of_phi():
+    adapters = adapters_on(small_llama())
+    adapters.start(3)
+    for p, phi in zip(adapters.stack, adapters.phi, strict=True):
+        assert p.shape == (3, *phi.shape)
+        assert p.requires_grad
+        assert p.is_leaf
+        assert torch.equal(p, phi.expand_as(p))
+        with torch.no_grad():
+            p += 1
+        assert not torch.equal(p[0], phi)
+    adapters.train_phi()
+    assert adapters.stack is adapters.phi
+    assert all(p.requires_grad for p in adapters.phi)
+
+
+def test_phi_itself_is_the_adapter_of_all_rows():
+    """Where it is trained; dropout is on within with_dropout alone, on the adapter's input."""
+    model = small_llama(torch.float32).requires_grad_(False)
+    adapters = adapters_on(model, dropout=0.5)
+    for i, p in enumerate(adapters.phi):
+        p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    ids = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(0))
+    adapters.start(1)
+    expected = model(ids).logits
+    adapters.train_phi()
+    torch.testing.assert_close(model(ids).logits, expected)
+    with adapters.with_dropout():
+        assert adapters.training
+        assert not torch.allclose(model(ids).logits, expected)
+    assert not adapters.training
+    torch.testing.assert_close(model(ids).logits, expected)
+    with pytest.raises(ZeroDivisionError), adapters.with_dropout():
+        raise ZeroDivisionError
+    assert not adapters.training
+    layer = next(iter(adapters.layers.values()))  # one whose output is y = W x + scale B A x
+    x = torch.ones(1, 2000, 32)
+    torch.manual_seed(0)
+    with adapters.with_dropout():
+        changes = layer(x) - torch.nn.functional.linear(x, layer.weight)
+    A, B = adapters.phi[:2]
+    mean = 2.0 * B @ (A @ torch.ones(32))
+    torch.testing.assert_close(changes.mean((0, 1)), mean, rtol=0.2, atol=0.15)
+    assert changes.std(1).min() > 0
+
+
+def test_layers_of_a_vision_model():
+    """Only those of the language model get an adapter."""
+    model = skeleton(load_config("tiny_vision")[0])
+    names = list(linear_layers(model))
+    assert names
+    assert all("language_model" in name for name in names if name != "lm_head")
+    assert any("vision" in n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    model = small_llama()
+    everywhere = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert list(linear_layers(model)) == everywhere
+    assert len(everywhere) == 15
+
+
+def test_targets_that_are_not_there():
+    model = small_llama()
+    check_targets(model, ("q_proj", "lm_head"))
+    with pytest.raises(ModelError, match="^--target-modules: name at least one$"):
+        check_targets(model, ())
+    message = (
+        "--target-modules c_attn mlp: the model has no such linear layer; it has down_proj, "
+        "gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    )
+    with pytest.raises(ModelError, match=f"^{message}$"):
+        check_targets(model, ("q_proj", "c_attn", "mlp"))
+
+
+def test_size_of_an_adapter():
+    """Two layers, by hand: k_proj 32 x 16 and down_proj 48 x 32 in each of two blocks."""
+    model = small_llama()
+    targets = ("k_proj", "down_proj")
+    assert adapter_size(model, 3, targets) == 2 * 3 * (32 + 16 + 48 + 32)
+    adapters = adapters_on(model, target_modules=targets)
+    assert sum(p.numel() for p in adapters.phi) == adapter_size(model, 3, targets)
+
+
+def test_files_of_an_adapter(tmp_path):
+    from safetensors.torch import load_file
+
+    model = small_llama(torch.float32)
+    adapters = adapters_on(model, r=2, alpha=5, dropout=0.1, target_modules=("o_proj", "up_proj"))
+    for i, p in enumerate(adapters.phi):
+        p.fill_(i)
+    write_adapter(tmp_path, adapters, "some/base")
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "some/base",
+        "r": 2,
+        "lora_alpha": 5,
+        "lora_dropout": 0.1,
+        "target_modules": ["o_proj", "up_proj"],
+        "use_rslora": False,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    assert (tmp_path / "adapter_config.json").read_text().startswith('{\n "peft_type"')
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    values = {name: (tuple(w.shape), w.unique().tolist()) for name, w in weights.items()}
+    expected, i = {}, 0
+    for block in range(2):
+        for layer, d_in, d_out in (("self_attn.o_proj", 32, 32), ("mlp.up_proj", 32, 48)):
+            name = f"base_model.model.model.layers.{block}.{layer}"
+            expected[f"{name}.lora_A.weight"] = ((2, d_in), [i])
+            expected[f"{name}.lora_B.weight"] = ((d_out, 2), [i + 1])
+            i += 2
+    assert values == expected
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_checkpoint_of_an_adapter(beside, tmp_path, process_group):
+    """phi, what is trained beside it and the optimizer's state come back; an older file has nothing
+    beside."""
+    (tmp_path / "state").mkdir()
+    found = []
+    for seed in (1, 2):
+        adapters = adapters_on(small_llama(torch.float32), seed=seed)
+        head = [torch.full((2,), float(seed))] if beside else []
+        optimizer = torch.optim.AdamW([*adapters.phi, *head], lr=0.1 * seed)
+        checkpoint = AdapterCheckpoint(adapters, optimizer, "base", head)
+        if seed == 1:
+            for p in (*adapters.phi, *head):
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            checkpoint.write(tmp_path)
+        else:
+            checkpoint.read(tmp_path)
+        found.append([*(p.detach() for p in (*adapters.phi, *head)), optimizer.state_dict()])
+    *first, state = found[0]
+    *second, same_state = found[1]
+    for p, q in zip(first, second, strict=True):
+        assert torch.equal(p, q)
+    assert same_state["param_groups"] == state["param_groups"]
+    assert same_state["state"].keys() == state["state"].keys()
+    assert same_state["state"][0]["exp_avg"].max() > 0
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 3
+    more = AdapterCheckpoint(adapters, optimizer, "base", [*head, torch.zeros(1)])
+    with pytest.raises(ValueError, match="shorter"):
+        more.read(tmp_path)
+    torch.save({"phi": [], "code": Path.cwd}, tmp_path / "state" / "adapter.pt")
+    with pytest.raises(pickle.UnpicklingError):  # a file holds numbers, nothing that is run
+        checkpoint.read(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses and counts of a round
+
+
+@pytest.mark.parametrize("clip", [0.2, 0.6])
+def test_inner_clip_is_of_each_task(clip):
+    """Between the norms of the tasks: some gradients are cut to it, others stay."""
+    episodes, tokens = random_episodes(3, 6, 2)
+    learner = lora_learner(small_llama(), tokens, inner_clip=clip)
+    phi = learner.adapters.phi
+    folded = Folded(list(learner.adapters.layers), tokens)
+    steps = meta_lora.support_steps(episodes, 2)
+    learner.inner_loop(steps)
+    norms = []
+    for i, episode in enumerate(episodes):
+        phi_i = [p.clone().requires_grad_() for p in phi]
+        optimizer = torch.optim.SGD(phi_i, lr=0.02)
+        for examples in chunks(episode.support, 2):
+            optimizer.zero_grad()
+            folded.loss(phi_i, examples).backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(phi_i, clip).item())
+            optimizer.step()
+        for p, q in zip(learner.adapters.stack, phi_i, strict=True):
+            torch.testing.assert_close(p[i], q, rtol=1e-7, atol=1e-9)
+    assert max(norms) > clip
+
+
+def test_inner_steps_by_hand():
+    """Adam's from the first on, with gradients as small as its epsilon; clipping by the norm and
+    1e-6, of each task."""
+    adapters = adapters_on(small_llama(), r=1, target_modules=("k_proj",))
+    adapters.phi = [torch.zeros(1, 2, dtype=torch.float64) for _ in range(4)]
+    args = meta_lora.Args(inner_lr=0.5, betas=(0.8, 0.9))
+    learner = meta_lora.AdapterLearner(None, adapters, args, World(torch.device("cpu")), 0, {})
+    adapters.start(2)
+    learner.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in adapters.stack]
+    expected = [torch.zeros(2, 1, 2, dtype=torch.float64) for _ in range(4)]
+    adam = torch.optim.Adam(expected, lr=0.5, betas=(0.8, 0.9))
+    generator = torch.Generator().manual_seed(0)
+    for t in (1, 2, 3):
+        for p, q in zip(adapters.stack, expected, strict=True):
+            q.grad = 1e-8 * torch.randn(2, 1, 2, generator=generator).double()
+            p.grad = q.grad.clone()
+        adam.step()
+        learner.inner_step(t)
+        for p, q in zip(adapters.stack, expected, strict=True):
+            torch.testing.assert_close(p.detach(), q, rtol=1e-10, atol=0)
+            assert p.grad is None
+
+    args = meta_lora.Args(inner_lr=0.5, inner_optimizer="sgd", inner_clip=3e-6)
+    learner = meta_lora.AdapterLearner(None, adapters, args, World(torch.device("cpu")), 0, {})
+    adapters.start(2)
+    for i, p in enumerate(adapters.stack):  # norms 5e-6 and 1e-6: factors 3 / (5 + 1) and 1
+        p.grad = torch.zeros(2, 1, 2, dtype=torch.float64)
+        if i < 2:
+            p.grad[0, 0, i] = (3e-6, 4e-6)[i]
+    adapters.stack[3].grad[1, 0, 0] = 1e-6
+    learner.inner_step(1)
+    changes = [(p.detach() * 1e6).round(decimals=9).tolist() for p in adapters.stack]
+    still = [[[0, 0]], [[0, 0]]]
+    expected = [[[[-0.75, 0]], [[0, 0]]], [[[0, -1]], [[0, 0]]], still, [[[0, 0]], [[-0.5, 0]]]]
+    assert changes == expected
+
+
+def test_tasks_take_equally_many_steps():
+    """Others are refused: they could not run together."""
+    episodes, _ = random_episodes(2, 6, 2)
+    episodes[1] = replace(episodes[1], support=episodes[1].support[:4])
+    with pytest.raises(ValueError, match="shorter"):
+        meta_lora.support_steps(episodes, 2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_base_is_frozen_and_whole(checkpointing, process_group):
+    """One process has nothing to shard, two have; recomputed activations give the adapters the same
+    gradient."""
+    config, _ = load_config("tiny")
+    world = World(torch.device("cpu"), mesh=one_rank_mesh())
+    args = meta_lora.Args(activation_checkpointing=checkpointing)
+    model = meta_lora.build(args, config, world)
+    assert not any(isinstance(m, FSDPModule) for m in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.training
+    adapters = meta_lora.add_adapters(args, model, world)
+    assert adapters.scale == 2.0
+    assert adapters.phi[0].shape == (16, 128)
+    adapters.start(1)
+    model(torch.tensor([[5, 6, 7]])).logits.square().sum().backward()
+    norms = [p.grad.norm().item() for p in adapters.stack[1::2]]
+    assert len(norms) == 35
+    assert min(norms) > 0
+    world = World(torch.device("cpu"), size=2, mesh=one_rank_mesh())
+    model = meta_lora.build(args, config, world)
+    assert sum(isinstance(m, FSDPModule) for m in model.modules()) == 6
+
+
+def test_losses_of_a_joint_round():
+    """Of each task the means of its last support batch and of its query rows, at phi; before
+    adaptation the query loss alone."""
+    episodes, tokens = random_episodes(3, 4, 3)
+    learner = lora_learner(small_llama(), tokens)
+    folded = Folded(list(learner.adapters.layers), tokens)
+
+    def means(batches: list) -> torch.Tensor:
+        return torch.stack([folded.loss(learner.adapters.phi, rows) for rows in batches])
+
+    support, query = learner.joint(learner.union_tokens(episodes), episodes)
+    torch.testing.assert_close(support, means([e.support[2:] for e in episodes]))
+    torch.testing.assert_close(query, means([e.query for e in episodes]))
+    torch.testing.assert_close(learner.query_losses(episodes), means([e.query for e in episodes]))
+    history = learner.inner_loop(meta_lora.support_steps(episodes, 2))
+    assert history.shape == (2, 3)
+    torch.testing.assert_close(history[0], means([e.support[:2] for e in episodes]))
+
+
+@pytest.mark.parametrize("method", ["fomaml", "reptile", "joint"])
+def test_tokens_of_a_round_are_counted(method):
+    """All rows once, prompts too."""
+    episodes, tokens = random_episodes(2, 4, 3)
+    learner = lora_learner(small_llama(), tokens, tasks_per_step=2)
+    if method == "joint":
+        learner.joint(1, episodes)
+    else:
+        getattr(learner, method)(episodes)
+    assert learner.tokens_seen == sum(len(tokens[e.id].ids) for e in all_rows(episodes))
+
+
+def test_back_to_phi():
+    episodes, tokens = random_episodes(1, 4, 2)
+    learner = lora_learner(small_llama(), tokens)
+    learner.adapt(episodes[0].support, lambda k: None)
+    assert not torch.equal(learner.adapters.stack[1][0], learner.adapters.phi[1])
+    learner.restore()
+    for p, phi in zip(learner.adapters.stack, learner.adapters.phi, strict=True):
+        assert torch.equal(p, phi[None])
+
+
+# --------------------------------------------------------------------------------------------------
+# The script: defaults, checks, the numbers of its loop
+
+
+def test_defaults_of_the_demonstration():
+    """What the figures in README.md and docs/meta_lora.md were measured with."""
+    assert asdict(meta_lora.Args()) == {
+        "model": "tiny", "data": "ciphers", "task_column": None, "heldout_subjects": (),
+        "support_ratio": 0.3, "query_ratio": 0.4, "max_length": 2048,
+        "output_dir": "runs/meta_lora", "seed": 42,
+        "lora_r": 16, "alpha": 32, "dropout": 0.0, "rank_stabilised": False,
+        "target_modules": (
+            "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+        ),
+        "meta_gradient": "fomaml", "inner_steps": 5, "inner_lr": 5e-3, "inner_optimizer": "adam",
+        "inner_clip": 0.0, "shots": 30, "support_batch": 30, "query_batch": 20,
+        "tasks_per_step": 4, "tasks_per_forward": 0, "steps": 120, "outer_lr": 2e-3,
+        "warmup_ratio": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.01, "clip": 1.0,
+        "reptile_epsilon": 0.5,
+        "eval_every": 60, "eval_problems": 20, "eval_tasks": 10, "eval_max_new_tokens": 12,
+        "eval_curve": True, "gain_every": 10, "save_every": 60, "keep": 5, "merge": False,
+        "resume": False, "dry_run": False, "wandb": False, "push_to_hub": None,
+        "activation_checkpointing": False, "trust_remote_code": False,
+    }  # fmt: skip
+    assert meta_lora.Args().replicas == 1
+
+
+def test_rounds_that_cannot_be_shared():
+    for options, ranks, message in (
+        ({"tasks_per_step": 4}, 2, None),
+        ({"tasks_per_step": 4}, 4, None),
+        ({"tasks_per_step": 2}, 4, "--tasks-per-step 2 cannot be shared equally by the 4 ranks"),
+        ({"tasks_per_step": 4}, 3, "--tasks-per-step 4 cannot be shared equally by the 3 ranks"),
+        ({"shots": 30, "support_batch": 30}, 1, None),
+        ({"shots": 0, "support_batch": 31}, 1, None),
+        (
+            {"shots": 1, "support_batch": 2},
+            1,
+            "--support-batch 2 is more than the --shots 1 of an episode",
+        ),
+        (
+            {"shots": 30, "support_batch": 31},
+            1,
+            "--support-batch 31 is more than the --shots 30 of an episode",
+        ),
+    ):
+        if message is None:
+            meta_lora.check(meta_lora.Args(**options), ranks)
+            continue
+        with pytest.raises(DataError, match=f"^{message}$"):
+            meta_lora.check(meta_lora.Args(**options), ranks)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_a_dry_run_says(merge, monkeypatch, capsys):
+    """Rows of a round times the mean length; disk for the merged model alone."""
+    rows = [Example("", "", "", "", 0, str(i)) for i in range(6)]
+    tokens = {"0": Encoded([0] * 10, 4), "1": Encoded([0] * 30, 4)}
+    tasks = [Task("one", rows[:3], rows[3:5], rows[5:])]
+    asked = []
+    monkeypatch.setattr(meta_lora, "prepare", lambda *_: (None, None, tasks, tasks, tokens))
+    monkeypatch.setattr(meta_lora, "needs", lambda *_: "needs")
+    monkeypatch.setattr(meta_lora, "check_space", lambda *args: asked.append(args) or ["reason"])
+    args = meta_lora.Args(
+        tasks_per_step=3, inner_steps=5, support_batch=4, query_batch=7, merge=merge
+    )
+    world = World(torch.device("cpu"))
+    assert meta_lora.examine(args, world) == ["reason"]
+    assert asked == [(world, "needs", "runs/meta_lora", int(merge))]
+    assert capsys.readouterr().out == (
+        "  one: 3 support, 2 query, 1 test\n"
+        "about 1,620 tokens per step; mean sequence 20, longest 30\n"
+    )
+
+
+def test_positions_that_are_asked_for(sums, monkeypatch):
+    args = meta_lora.Args(data=str(sums), support_batch=3, query_batch=3)
+    world = World(torch.device("cpu"))
+    tokens = meta_lora.prepare(args, world)[-1]
+    longest = max(len(row.ids) for row in tokens.values())
+    asked = []
+    monkeypatch.setattr(meta_lora, "check_positions", lambda _, *args: asked.append(args))
+    meta_lora.prepare(args, world)
+    assert asked == [(longest, "--max-length")]
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory) -> Path:
+    """A file with three tasks of 20 short problems, read faster than the sources with names."""
+    rows = []
+    for task, word in (("sum", "plus"), ("more", "and"), ("with", "with")):
+        for i in range(20):
+            row = {"task": task, "problem": f"What is {i} {word} 1?", "answer": str(i + 1)}
+            rows.append(row | {"solution": f"It is \\boxed{{{i + 1}}}."})
+    file = tmp_path_factory.mktemp("sums") / "sums.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+SHORT = [
+    "--steps", "4", "--save-every", "9", "--inner-steps", "2",
+    "--tasks-per-step", "2", "--support-batch", "2", "--query-batch", "3", "--shots", "0",
+    "--eval-problems", "2", "--eval-tasks", "2", "--eval-max-new-tokens", "2",
+]  # fmt: skip
+
+
+def test_numbers_of_a_run(small_model, sums, tmp_path, capsys, monkeypatch):
+    """The schedule, which rounds measure the gain and which evaluations the curve, the tokens and
+    FLOPs of a round, what is said of the sizes."""
+    monkeypatch.setattr(plots, "figure", lambda *_: None)
+    counted, log = [], Run.log
+
+    def noted(self, step, metrics, tokens, flops_per_token):
+        counted.append((tokens, flops_per_token))
+        log(self, step, metrics, tokens, flops_per_token)
+
+    monkeypatch.setattr(Run, "log", noted)
+    flags = [
+        "--model",
+        small_model,
+        "--data",
+        sums,
+        *SHORT,
+        "--eval-every",
+        "2",
+        "--gain-every",
+        "3",
+    ]
+    flags += ["--lora-r", "2", "--target-modules", "k_proj", "--outer-lr", "1e-3"]
+    assert run_here(meta_lora, *flags, "--output-dir", tmp_path / "r") == 0
+    base = load_weights(str(small_model)).num_parameters()
+    said = f"0.00M adapter parameters on 2 layers of a base of {base / 1e6:.1f}M, 1 rank(s)"
+    assert f"fomaml: {said}" in capsys.readouterr().out
+    rows = logged(tmp_path / "r")
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.25e-3])
+    assert ["meta/adaptation_gain" in row for row in rows] == [True, False, True, False]
+    assert not (tmp_path / "r" / "merged").exists()
+    evaluations = logged(tmp_path / "r", "evaluations.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    for row, points in zip(evaluations, (3, None, 3), strict=True):
+        assert len(row["tasks"]) == 2
+        for numbers in row["tasks"].values():
+            assert numbers["problems"] == 2
+            assert len(numbers.get("steps", ())) == (points or 0)
+    args = meta_lora.Args(data=str(sums), support_batch=2, query_batch=3, shots=0)
+    _, _, tasks, _, tokens = meta_lora.prepare(args, World(torch.device("cpu")))
+    for step, (count, flops) in enumerate(counted):
+        assert flops == 4 * base
+        if step in (1, 3):  # without the measurement of the gain
+            episodes = [sample_episode(tasks, 42, step, place, 4, 3) for place in range(2)]
+            assert count == sum(len(tokens[e.id].ids) for e in all_rows(episodes))
+
+
+@pytest.mark.parametrize(
+    "flags,measured",
+    [
+        (["--gain-every", "1"], [True] * 4),
+        (["--gain-every", "2"], [True, True, False, True]),
+        (["--gain-every", "0"], [False] * 4),
+        (["--gain-every", "1", "--meta-gradient", "joint"], [False] * 4),
+    ],
+)
+def test_rounds_that_measure_the_gain(flags, measured, small_model, sums, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "figure", lambda *_: None)
+    settings = ["--model", small_model, "--data", sums, *SHORT, "--eval-every", "-1", *flags]
+    assert run_here(meta_lora, *settings, "--output-dir", tmp_path / "r") == 0
+    assert ["meta/adaptation_gain" in row for row in logged(tmp_path / "r")] == measured
+
+
+def test_no_training(small_model, sums, tmp_path, monkeypatch):
+    """The evaluation alone, once, with its curve."""
+    monkeypatch.setattr(plots, "figure", lambda *_: None)
+    settings = ["--model", small_model, "--data", sums, *SHORT, "--meta-gradient", "none"]
+    assert run_here(meta_lora, *settings, "--output-dir", tmp_path / "r") == 0
+    assert logged(tmp_path / "r") == []
+    (row,) = logged(tmp_path / "r", "evaluations.jsonl")
+    assert row["step"] == 0
+    for numbers in row["tasks"].values():
+        assert len(numbers["steps"]) == 3
+
+
+def test_rates_that_are_warned_of(small_model, sums, tmp_path, capsys, monkeypatch):
+    """From 2e-3 on, both, where another model than an embedded one is trained."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(meta_lora, "build", interrupted)
+    for outer, inner in ((2e-3, 1.9e-3), (1.9e-3, 2e-3)):
+        rates = ["--outer-lr", outer, "--inner-lr", inner]
+        where = ["--model", small_model, "--output-dir", tmp_path / f"{outer}"]
+        rows = ["--data", sums, "--support-batch", "4", "--query-batch", "4"]
+        assert run_here(meta_lora, *rows, *rates, *where) == 130
+        name = "outer" if outer == 2e-3 else "inner"
+        warnings = [w for w in capsys.readouterr().out.splitlines() if w.startswith("warning")]
+        assert warnings == [
+            f"warning: --{name}-lr 0.002 is a rate for the embedded models: a real one wants less "
+            "than 0.002, or its weights are lost"
+        ]

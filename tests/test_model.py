@@ -1,14 +1,35 @@
-"""model.py: the loss by chunks of the vocabulary, scaled logits, gradients of shards."""
+"""model.py: ranks, names and parts of models, sizes; the loss by chunks of the vocabulary, scaled
+logits, the schedule, gradients of shards."""
+
+import inspect
+import math
+import sys
+import types
+from contextlib import nullcontext
+from dataclasses import FrozenInstanceError
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import model
-from model import World, check_head, load_weights, local, set_gradients, token_losses
-from tests.helpers import one_rank_mesh
+from model import (
+    ModelError,
+    World,
+    check_head,
+    flat_like,
+    learning_rate,
+    load_weights,
+    local,
+    set_gradients,
+    token_losses,
+)
+from tests.helpers import ROOT, one_rank_mesh
 
 CPU = torch.device("cpu")
 
@@ -119,3 +140,359 @@ def test_gradients_of_shards_stay_where_the_shard_is(mesh_device, process_group,
     set_gradients([p], [gradient])
     assert local(p.grad).device == CPU
     assert torch.equal(local(p.grad), gradient)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def test_places_of_ranks_in_the_mesh(monkeypatch):
+    """Six ranks, two replicas: 0, 1, 2 share one copy of the model, 3, 4, 5 the other."""
+    places = [World(CPU, rank, 6, rank // 3, 2) for rank in range(6)]
+    assert [world.shards for world in places] == [3] * 6
+    assert [world.shard for world in places] == [0, 1, 2, 0, 1, 2]
+    assert World(CPU) == World(CPU, 0, 1, 0, 1, None)
+    with pytest.raises(FrozenInstanceError):
+        World(CPU).rank = 1
+    asked = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 6)
+    monkeypatch.setattr(
+        model, "init_device_mesh", lambda kind, shape, mesh_dim_names: asked.append((kind, shape))
+    )
+    for rank, replica in ((0, 0), (2, 0), (3, 1), (5, 1)):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        world = model.setup(replicas=2)
+        assert (world.rank, world.size, world.replica, world.replicas) == (rank, 6, replica, 2)
+    assert asked == [("cpu", (2, 3))] * 4
+    patience = model.PATIENCE  # as docs/clusters.md says
+    assert patience == timedelta(hours=6)
+
+
+def test_one_process_is_a_group_of_its_own(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    world = model.setup()
+    try:
+        assert (world.rank, world.size, world.replica, world.replicas) == (0, 1, 0, 1)
+        assert (world.shard, world.shards) == (0, 1)
+        assert world.mesh.mesh_dim_names == ("replica", "shard")
+        assert world.sum(1.5, -2) == [1.5, -2.0]
+        flat = flat_like([torch.zeros(2)])
+        flat[0].fill_(3)
+        world.sum_over_replicas(flat)
+        assert flat[0].tolist() == [3, 3]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_only_rank_0_speaks(capsys, monkeypatch):
+    World(CPU).say("first")
+    World(CPU, rank=1, size=2).say("second")
+    assert capsys.readouterr().out == "first\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    World(CPU).say("third")
+
+
+# --------------------------------------------------------------------------------------------------
+# Names, parts and sizes of models
+
+
+def test_names_of_models(tmp_path):
+    assert model.resolve("tiny") == str(ROOT / "tiny" / "models" / "tiny")
+    assert model.resolve("someone/model") == "someone/model"
+    (tmp_path / "config.json").write_text("{}")
+    assert model.resolve(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "empty").mkdir()
+    message = "empty is a folder without config.json: not a model in Hugging Face format"
+    with pytest.raises(ModelError, match=message):
+        model.resolve(str(tmp_path / "empty"))
+    for name in ("./model", "/no/model", "~/no", "some/one/model"):
+        with pytest.raises(ModelError, match=f"^no such model folder: {name}$"):
+            model.resolve(name)
+
+
+def test_padding_is_the_end_where_there_is_none():
+    tokenizer = types.SimpleNamespace(pad_token_id=7, eos_token="<|end|>", pad_token="own")
+    model._give_pad_token(tokenizer, "m")
+    assert tokenizer.pad_token == "own"
+
+    class WithoutPadding:
+        eos_token, pad_token = "<|end|>", None
+
+        @property
+        def pad_token_id(self):
+            return None if self.pad_token is None else 3
+
+    tokenizer = WithoutPadding()
+    model._give_pad_token(tokenizer, "m")
+    assert tokenizer.pad_token == "<|end|>"
+
+
+def test_readers_of_pictures():
+    """What a vision model reads with, and one line of a model that takes no pictures."""
+    config, tokenizer, processor = model.load_readers("tiny", False)
+    assert (config.model_type, processor) == ("llama", None)
+    config, tokenizer, processor = model.load_readers("tiny_vision", True)
+    assert hasattr(processor, "image_processor")
+    assert tokenizer is processor.tokenizer
+    assert tokenizer.chat_template
+    with pytest.raises(ModelError, match="^tiny takes no pictures: use tiny_vision or"):
+        model.load_processor("tiny")
+    with pytest.raises(ModelError, match="^cannot load the processor of no/such"):
+        model.load_processor("no/such")
+    with pytest.raises(ModelError, match="^cannot load model no/such: .*hub name"):
+        model.load_config("no/such")
+
+
+def test_template_of_a_processor(monkeypatch):
+    """Its own, else its tokenizer's."""
+    for own, used in (("own", "own"), (None, "tokenizer's")):
+        tokenizer = types.SimpleNamespace(pad_token_id=0, chat_template="tokenizer's")
+        processor = types.SimpleNamespace(
+            image_processor=None, tokenizer=tokenizer, chat_template=own
+        )
+        monkeypatch.setattr(
+            transformers.AutoProcessor,
+            "from_pretrained",
+            lambda *_, trust_remote_code, processor=processor: processor,
+        )
+        assert model.load_processor("some/model") is processor
+        assert tokenizer.chat_template == used
+
+
+def test_code_of_the_hub_is_not_run_unasked():
+    for name in ("load_config", "load_processor", "load_readers", "load_weights", "skeleton"):
+        function = getattr(model, name)
+        assert inspect.signature(function).parameters["trust_remote_code"].default is False
+    parameters = inspect.signature(model.parameter_count).parameters
+    assert parameters["trust_remote_code"].default is False
+
+
+def test_the_vision_part_is_not_trained():
+    config, _ = model.load_config("tiny_vision")
+    lm = model.skeleton(config)
+    model.freeze_vision(lm)
+    for name, p in lm.named_parameters():
+        assert p.requires_grad == ("vision" not in name and "projector" not in name), name
+    assert any(p.requires_grad for p in lm.parameters())
+    assert not all(p.requires_grad for p in lm.parameters())
+    lm = model.skeleton(model.load_config("tiny")[0])
+    model.freeze_vision(lm)
+    assert all(p.requires_grad for p in lm.parameters())
+
+
+def test_dropout_is_all_that_is_turned_off():
+    settings = {"attn_pdrop": 0.1, "resid_pdrop": 0.2, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    lm = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**settings))
+    lm.kept = torch.nn.Module()
+    lm.kept.scale, lm.kept.drop_rate, lm.kept.drop_last = 0.5, 0.3, True
+    epsilon = lm.transformer.ln_f.eps
+    model.turn_off_dropout(lm)
+    rates = [m.p for m in lm.modules() if isinstance(m, torch.nn.Dropout)]
+    assert rates
+    assert set(rates) == {0.0}
+    assert (lm.kept.scale, lm.kept.drop_rate, lm.kept.drop_last) == (0.5, 0.0, True)
+    assert lm.transformer.ln_f.eps == epsilon
+
+
+def test_blocks_and_parameters_are_counted():
+    config = transformers.LlamaConfig(
+        vocab_size=10, hidden_size=8, intermediate_size=12, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    block = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12 + 2 * 8  # q, k and v, o, the MLP, two norms
+    assert model.parameter_count(config) == 3 * block + 2 * 10 * 8 + 8
+    lm = model.skeleton(config, torch.bfloat16, attention="eager")
+    assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
+    assert {p.device.type for p in lm.parameters()} == {"meta"}
+    assert lm.config._attn_implementation == "eager"
+    assert len(model.layers_to_shard(lm)) == 3
+    assert model.layers_to_shard(torch.nn.Linear(2, 2)) == []
+
+
+def test_weights_are_copied_into_a_skeleton():
+    """Also tied ones, and buffers that are in no state dict."""
+    source = load_weights("tiny")
+    copy = model.skeleton(source.config)
+    model.materialize(copy, source, CPU)
+    for (name, p), q in zip(source.named_parameters(), copy.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    for (name, p), q in zip(source.named_buffers(), copy.buffers(), strict=True):
+        assert torch.equal(p, q), name
+    assert copy.lm_head.weight is copy.model.embed_tokens.weight
+    assert copy.generation_config is source.generation_config
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(copy(ids).logits, source(ids).logits)
+
+
+def test_bytes_of_logits_and_cache():
+    """Keys and values of 3 layers and 2 heads of 10 numbers; logits and their gradient, and
+    both in fp32."""
+    config = transformers.LlamaConfig(
+        vocab_size=7, hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=10,
+    )  # fmt: skip
+    assert model.cache_bytes(config, 11, 2) == 11 * 2 * 3 * 2 * 10 * 2
+    gpt2 = transformers.GPT2Config(n_embd=24, n_layer=3, n_head=4)  # heads of 6, none shared
+    assert model.cache_bytes(gpt2, 11, 4) == 11 * 2 * 3 * 4 * 6 * 4
+    assert model.logit_bytes(config, 11, 2) == 11 * 7 * 12
+    assert model.logit_bytes(config, 11, 4) == 11 * 7 * 16
+    assert model.logit_bytes(config, 2**30, 2) == 2**30
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss in chunks, the check of the head, the schedule
+
+
+@pytest.mark.parametrize(
+    "vocabulary,sizes",
+    [(2**25, [4, 3]), (2**26, [2, 2, 2, 1]), (2**28, [1] * 7), (2**24, [7]), (2**27 // 7, [7])],
+)
+def test_rows_of_a_chunk(vocabulary, sizes):
+    """So many that their logits are 2^27 numbers, and never fewer than one."""
+    seen = []
+
+    def function(x, y):
+        seen.append(len(x))
+        return x * y
+
+    x = torch.arange(7.0, requires_grad=True)
+    found = model.by_chunks(function, vocabulary, x, x + 1)
+    assert seen == sizes
+    assert torch.cat(found).tolist() == [0, 2, 6, 12, 20, 30, 42]
+    torch.cat(found).sum().backward()
+    assert x.grad.tolist() == [1, 3, 5, 7, 9, 11, 13]
+    assert len(seen) == (1 if len(sizes) == 1 else 2 * len(sizes))  # again in backward
+
+
+@pytest.mark.parametrize(
+    "device,good,bad", [("cpu", 0.8e-3, 1.3e-3), ("cpu", -0.8e-3, -1.3e-3), ("cuda", 0.4, 0.7)]
+)
+def test_the_head_may_differ_by_rounding(device, good, bad, monkeypatch):
+    """Of bf16 on a GPU: the sum over seven tokens to 0.5 nats."""
+    lm, exact = load_weights("tiny"), model.token_loss
+    world = types.SimpleNamespace(device=types.SimpleNamespace(type=device))
+    arange = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *args, device=None: arange(*args))
+    for off, refused in ((good, False), (bad, True)):
+        monkeypatch.setattr(model, "token_loss", lambda *args, off=off: exact(*args) + off)
+        with pytest.raises(ModelError) if refused else nullcontext():
+            check_head(lm, world)
+
+
+def test_schedule():
+    """Linear warm-up to the peak, cosine from it to zero."""
+    cosine = [0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
+    got = [learning_rate(step, 8, 0.25) for step in range(8)]
+    assert got == pytest.approx([0.5, 1.0, *cosine])
+    assert [learning_rate(step, 4, 0) for step in range(4)] == pytest.approx(
+        [1, 1, 0.75, 0.25]  # a step of warm-up is taken in any case
+    )
+    assert [learning_rate(step, 4, 1.0) for step in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert learning_rate(0, 1, 0.1) == 1
+    assert learning_rate(8, 8, 0.25) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_whole_weights_for_a_while(training, process_group):
+    """Within the block the model evaluates with the weights that it has; after it all is as it
+    was."""
+    lm = load_weights("tiny").train(training)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = lm(ids).logits
+    mesh = one_rank_mesh()
+    blocks = model.layers_to_shard(lm)
+    for module in (*blocks, lm):
+        fully_shard(module, mesh=mesh["shard"])
+    kept = []
+    for module in (*blocks, lm):
+        plain = module.set_reshard_after_forward
+        module.set_reshard_after_forward = lambda on, recurse, module=module, plain=plain: (
+            kept.append((module, on, recurse))
+        )
+    with model.gathered(lm):
+        assert not lm.training
+        assert not any(isinstance(p, DTensor) for p in lm.parameters())
+        assert torch.equal(lm(ids).logits, expected)
+        assert [(on, recurse) for _, on, recurse in kept] == [(False, False)] * 6
+        kept.clear()
+    assert lm.training == training
+    assert all(isinstance(p, DTensor) for p in lm.parameters())
+    assert {(module is lm, on, recurse) for module, on, recurse in kept} == {
+        (True, False, False),
+        (False, True, False),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Buffers of shards, saving
+
+
+def test_flat_buffers_are_views_of_one():
+    tensors = [torch.ones(2, 3), torch.ones(4), torch.ones(())]
+    flat = flat_like(tensors)
+    assert [t.shape for t in flat] == [t.shape for t in tensors]
+    (base,) = {id(t._base): t._base for t in flat}.values()
+    assert base.tolist() == [0] * 11
+    for i, t in enumerate(flat):
+        t.fill_(i + 1)
+    assert base.tolist() == [1] * 6 + [2] * 4 + [3]
+    assert flat_like([torch.ones(2, dtype=torch.float64)], offload=True)[0].dtype == torch.float64
+
+
+def test_gradients_one_by_one():
+    """Each is handed on once, whole (a tied weight after both uses), and dropped; parameters that
+    are not trained have none."""
+    a, b, c = (torch.nn.Parameter(torch.tensor([x])) for x in (2.0, 3.0, 5.0))
+    lm = torch.nn.ParameterList([a, b, c])
+    c.requires_grad_(False)
+    params = model.trained_parameters(lm)
+    assert [p.item() for p in params] == [2, 3]
+    seen = {}
+    with model.each_gradient(params, lambda i, g: seen.setdefault(i, []).append(g.item())):
+        (a * b * c + a * a).backward()
+    assert seen == {0: [19.0], 1: [10.0]}
+    assert a.grad is None
+    assert b.grad is None
+    (a * b).backward()  # the hooks are gone
+    assert (a.grad.item(), b.grad.item()) == (3, 2)
+    assert len(seen[0]) == 1
+
+
+def test_every_parameter_has_its_gradient():
+    """A list that is too short is refused, not set in part."""
+    params = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
+    gradients = [torch.full((2,), 5.0), torch.full((3,), 7.0)]
+    set_gradients(params, gradients)
+    assert [p.grad.tolist() for p in params] == [[5, 5], [7, 7, 7]]
+    assert params[0].grad is gradients[0]  # without a copy
+    with pytest.raises(ValueError, match="shorter"):
+        set_gradients(params, gradients[:1])
+
+
+def test_a_checkpoint_has_all_weights_in_its_type(tmp_path):
+    lm = load_weights("tiny")
+    lm.register_buffer("counts", torch.tensor([3, 4]))
+    weights = model.full_weights(lm, torch.bfloat16)
+    assert weights.pop("counts").dtype == torch.int64
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    weights = model.full_weights(lm, torch.float32)
+    weights["lm_head.weight"].zero_()  # a copy
+    assert lm.lm_head.weight.abs().max() > 0
+
+
+def end_tokens(eos, pad, **settings):
+    """(end tokens, padding token, do_sample) of a generation_config beside the embedded tokenizer,
+    whose turns end with token 1 and whose padding is 0."""
+    _, tokenizer = model.load_config("tiny")
+    config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad, **settings)
+    model._add_end_tokens(config, tokenizer)
+    return config.eos_token_id, config.pad_token_id, config.do_sample
+
+
+def test_end_tokens_of_a_checkpoint():
+    assert end_tokens(None, None) == (1, 0, None)
+    assert end_tokens(1, 5) == (1, 5, None)
+    assert end_tokens(9, None) == ([1, 9], 0, None)
+    assert end_tokens([9, 4], 5) == ([1, 4, 9], 5, None)
+    assert end_tokens(1, 5, temperature=0.5) == (1, 5, True)  # as without sampling none is saved

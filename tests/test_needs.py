@@ -1,5 +1,9 @@
 """What a dry run says of the large-model commands, on GPUs of given memory."""
 
+import os
+import shutil
+import types
+
 import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
@@ -12,6 +16,7 @@ from measure import rows_to_answer, rows_to_score
 from model import World, activation_bytes
 from run import Needs, _space, check_space
 
+CPU = torch.device("cpu")
 GB = 1e9
 LLAMA_1B = LlamaConfig(
     vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
@@ -155,3 +160,216 @@ def test_amft_counts_cache_and_gathered_weights():
     assert verdict(gpus(8), needs) != []
     args = amft.with_defaults(amft.Args(generation_batch=32, **options))
     assert verdict(gpus(8), amft.needs(args, QWEN2_7B, gpus(8), longest)) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# All parts by hand, of a small model
+
+# Two blocks of 8 hidden sizes, words for 10: in a block 64 + 2 x 32 + 64 of the attention (one head
+# of 4 for keys and values), 3 x 96 of the MLP, two norms; the words twice, the last norm
+SMALL = LlamaConfig(
+    vocab_size=10, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False,
+)  # fmt: skip
+N = 2 * (64 + 64 + 64 + 288 + 16) + 160 + 8
+ROWS = {"short": Encoded([0] * 20, 9), "long": Encoded([0] * 30, 9)}
+ACTIVATIONS = 8 * 2 * 34  # numbers a token: 34 hidden sizes a layer
+CHECKPOINTED = 8 * (2 + 34)
+CACHE = 2 * 2 * 1 * 4  # keys and values, layers, heads, their size
+
+
+def fomaml_needs(world: World, **options) -> Needs:
+    settings = {"inner_optimizer": "sgd", "support_batch": 6, "query_batch": 4}
+    args = fomaml.Args(**settings | {"eval_max_new_tokens": 5} | options)
+    return fomaml.needs(args, SMALL, world, ROWS)
+
+
+def evaluation_of(width: int, gathered: int, answers: int = 128 * 35) -> dict:
+    """128 answers of 30 + 5 tokens; 16 rows of 30 tokens are scored."""
+    cache = answers * CACHE * width
+    logits = 16 * 30 * 10 * (2 * width + 8)
+    return {"gathered weights": gathered, "cache": cache, "logits": logits}
+
+
+def test_needs_of_fomaml_on_a_cpu():
+    assert fomaml_needs(World(CPU)) == Needs(
+        device={"weights": 4 * N, "Adam": 8 * N, "theta and accumulator": 8 * N},
+        host={},
+        training={"activations": 180 * ACTIVATIONS * 4, "logits": 180 * 10 * 16},
+        evaluation=evaluation_of(4, 0),
+        disk=16 * N,
+    )
+
+
+def test_needs_of_fomaml_on_gpus():
+    """Two replicas of two shards, each of which has three of six rows."""
+    world = World(torch.device("cuda"), rank=0, size=4, replicas=2)
+    needs = fomaml_needs(world, activation_checkpointing=True)
+    assert needs == Needs(
+        device={"weights": 2 * N, "Adam": 4 * N, "theta and accumulator": 4 * N},
+        host={"weights while loading": 4 * N},
+        training={"activations": 90 * CHECKPOINTED * 2, "logits": 90 * 10 * 12},
+        evaluation=evaluation_of(2, 2 * N),
+        disk=14 * N,
+    )
+    assert fomaml_needs(World(torch.device("cuda"), rank=1, size=4, replicas=2)).host == {}
+    assert fomaml_needs(World(CPU, size=2)).evaluation["gathered weights"] == 4 * N
+    assert fomaml_needs(World(CPU, size=2, replicas=2)).evaluation["gathered weights"] == 0
+
+
+def test_needs_of_offloaded_runs():
+    world = World(torch.device("cuda"))
+    parts = {"weights": 4 * N, "Adam": 8 * N, "theta and accumulator": 8 * N}
+    loading = {"weights while loading": 4 * N}
+    needs = fomaml_needs(world, cpu_offload=True, offload_theta=True)
+    assert (needs.device, needs.host) == ({}, parts | loading)
+    needs = fomaml_needs(world, offload_theta=True)
+    copies = {"theta and accumulator": parts.pop("theta and accumulator")}
+    assert (needs.device, needs.host) == (parts | {"gradients": 4 * N}, copies | loading)
+    for options in ({"cpu_offload": True}, {"offload_theta": True}):  # there is no GPU
+        needs = fomaml_needs(World(CPU), **options)
+        assert (needs.device, needs.host) == (parts | copies, {})
+
+
+@pytest.mark.parametrize(
+    "options,buffer,tokens",
+    [
+        ({"micro_batch": 1}, {"gradients": 4 * N}, 30),
+        ({"inner_clip": 0.5}, {"gradients": 4 * N}, 180),
+        ({"inner_optimizer": "adam"}, {"inner Adam": 8 * N}, 180),
+        ({"query_batch": 9}, {}, 270),
+        # Each of four query rows behind six support rows of an episode of 30
+        ({"meta_gradient": "in_context", "inner_steps": 5, "shots": 6}, {}, 4 * 7 * 30),
+    ],
+)
+def test_needs_of_other_settings(options, buffer, tokens):
+    needs = fomaml_needs(World(CPU), **options)
+    parts = {"weights": 4 * N, "Adam": 8 * N, "theta and accumulator": 8 * N}
+    assert needs.device == parts | buffer
+    assert needs.training == {"activations": tokens * ACTIVATIONS * 4, "logits": tokens * 10 * 16}
+
+
+def test_needs_without_answers():
+    for needs in (
+        fomaml_needs(World(CPU), eval_max_new_tokens=0),
+        meta_lora.needs(meta_lora.Args(eval_max_new_tokens=0), SMALL, World(CPU), ROWS),
+    ):
+        assert needs.evaluation == evaluation_of(4, 0, answers=0)
+
+
+def test_needs_of_meta_lora():
+    """The frozen base and all tasks of a rank; adapters keep 52 hidden sizes a layer and token."""
+    settings = {"support_batch": 6, "query_batch": 4, "eval_max_new_tokens": 5}
+    args = meta_lora.Args(**settings, tasks_per_step=4)
+    assert meta_lora.needs(args, SMALL, World(CPU), ROWS) == Needs(
+        device={"weights": 4 * N},
+        host={},
+        training={"activations": 4 * 180 * 8 * 2 * 52 * 4, "logits": 4 * 180 * 10 * 16},
+        evaluation=evaluation_of(4, 0),
+        disk=4 * N,
+    )
+    args = meta_lora.Args(**settings, tasks_per_step=6, activation_checkpointing=True)
+    world = World(torch.device("cuda"), size=2)
+    assert meta_lora.needs(args, SMALL, world, ROWS) == Needs(
+        device={"weights": N},
+        host={"weights while loading": 2 * N},
+        training={"activations": 3 * 180 * 8 * (2 + 52) * 2, "logits": 3 * 180 * 10 * 12},
+        evaluation=evaluation_of(2, 2 * N),
+        disk=2 * N,
+    )
+    assert meta_lora.needs(args, SMALL, World(torch.device("cuda"), 1, 2), ROWS).host == {}
+    args.tasks_per_forward, args.query_batch = 1, 7
+    needs = meta_lora.needs(args, SMALL, world, ROWS)
+    assert needs.training["logits"] == 7 * 30 * 10 * 12
+
+
+def test_checkpoints_that_are_kept():
+    """Also where the steps are a multiple of --save-every, and where they are fewer."""
+    for steps, save_every, keep, count in (
+        (80, 40, 5, 3), (81, 40, 5, 4), (79, 40, 5, 3), (1, 40, 5, 2), (80, 40, 1, 2),
+    ):  # fmt: skip
+        args = fomaml.Args(steps=steps, save_every=save_every, keep=keep)
+        assert fomaml.kept(args) == count
+
+
+# --------------------------------------------------------------------------------------------------
+# What is said of the space
+
+
+def test_space_of_a_machine_with_a_gpu(capsys):
+    """The larger phase counts; what fits to the byte is enough; one byte less is not."""
+    needs = Needs(
+        device={"weights": 2 * GB},
+        host={"theta": 3 * GB, "weights while loading": 0.5 * GB},
+        training={"activations": 1.25 * GB, "logits": 0.25 * GB},
+        evaluation={"cache": 1.0 * GB},
+        disk=2 * GB,
+    )
+    enough = {"device": 3.5 * GB, "host": 3.5 * GB, "disk": 6 * GB}
+    assert check_space(gpus(1), needs, ".", 3, enough) == []
+    assert capsys.readouterr().out == (
+        "memory per rank about 3.50 GB in training (weights 2.00, activations 1.25, logits 0.25) "
+        "of 3.5 GB\n"
+        "CPU memory per rank about 3.50 GB (theta 3.00, weights while loading 0.50) of 3.5\n"
+        "disk: up to 6.00 GB of checkpoints, 6.0 GB free\n"
+    )
+    reasons = {
+        "device": "about 3.5 GB per rank are needed, 3.5 are there: the largest part is weights",
+        "host": "about 3.5 GB of CPU memory per rank are needed, 3.5 are there",
+        "disk": "checkpoints need 6.0 GB of disk, 6.0 are free: lower --keep",
+    }
+    for name, reason in reasons.items():
+        less = enough | {name: enough[name] - 1}
+        assert check_space(gpus(1), needs, ".", 3, less) == [reason]
+    needs.evaluation["cache"] = 4.0 * GB
+    capsys.readouterr()
+    (reason,) = check_space(gpus(1), needs, ".", 3, enough)
+    assert reason == ("about 6.0 GB per rank are needed, 3.5 are there: the largest part is cache")
+    assert capsys.readouterr().out.startswith(
+        "memory per rank about 6.00 GB in evaluation (weights 2.00, cache 4.00) of 3.5 GB\n"
+    )
+
+
+def test_space_of_a_machine_without_gpu(capsys):
+    needs = Needs({"weights": 2 * GB}, {}, {"a": 0}, {"b": 0}, disk=0)
+    have = {"device": 8 * GB, "host": 1, "disk": GB}
+    assert check_space(World(CPU), needs, ".", 1, have) == []
+    assert "CPU memory" not in capsys.readouterr().out
+    needs.host["theta"] = 3 * GB
+    del have["host"]
+    assert check_space(World(CPU), needs, ".", 1, have) == []
+    assert "CPU memory" not in capsys.readouterr().out
+
+
+def test_space_is_that_of_the_machine(monkeypatch):
+    asked = []
+
+    def space(*where):
+        asked.append(where)
+        return {"device": 2 * GB, "disk": 2 * GB}
+
+    monkeypatch.setattr("run._space", space)
+    needs = Needs({"weights": GB}, {}, {"a": 0}, {"b": 0}, disk=GB)
+    assert check_space(World(CPU), needs, "folder", 2) == []
+    assert asked == [(World(CPU), "folder")]
+    assert len(check_space(World(CPU), needs, "folder", 3)) == 1
+
+
+def test_space_that_is_there(monkeypatch, tmp_path):
+    """Memory: pages times their size, shared by the machine's ranks; of a GPU what is free; the
+    disk is that of the nearest folder that is there already."""
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.get)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    asked = []
+
+    def usage(folder):
+        asked.append(folder)
+        return types.SimpleNamespace(total=9, used=2, free=7)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    folder = str(tmp_path / "new" / "run")
+    assert _space(World(CPU), folder) == {"device": 2048000, "disk": 7}
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 10))
+    assert _space(gpus(1), folder) == {"device": 5, "host": 4096000, "disk": 7}
+    assert asked == [tmp_path.resolve()] * 2

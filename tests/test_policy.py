@@ -1,6 +1,8 @@
 """policy.py and model.py on any model: sampling, log-probabilities, pictures, FSDP2, saving."""
 
+import itertools
 import math
+import types
 
 import pytest
 import torch
@@ -28,7 +30,13 @@ from model import (
     skeleton,
 )
 from policy import Policy, Prompt, sample, sample_with_pictures
-from tests.helpers import meta_gradient, one_rank_mesh, random_episodes, random_rows
+from tests.helpers import (
+    meta_gradient,
+    one_rank_mesh,
+    random_episodes,
+    random_rows,
+    small_llama,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Any Hugging Face causal language model
@@ -342,3 +350,433 @@ def draws_have_their_frequencies():
         token, _ = policy._draw(logits, u, temperature, top_p)
         frequency = torch.bincount(token, minlength=4) / 40_000
         torch.testing.assert_close(frequency, p, rtol=0, atol=0.01)
+
+
+def splitmix64(seed: int, t: int) -> float:
+    """Number t of the stream of a seed, as published: in unsigned 64 bits, the upper 53 kept."""
+    z = (seed + (t + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return ((z ^ (z >> 31)) >> 11) / 2**53
+
+
+def test_streams_are_splitmix64():
+    seeds = [0, 1, 42, 2**62 - 1, -1, -(2**62), 123456789012345]
+    for t in (0, 1, 7, 1000):
+        got = policy._uniform(torch.tensor(seeds), t)
+        assert got.tolist() == [splitmix64(seed, t) for seed in seeds]
+
+
+def test_a_running_sum_is_inverted():
+    """A weight of 0 is never chosen; what lies at a boundary belongs to the next; the last one for
+    what rounding has put beyond the sum."""
+    weights = torch.tensor([[1.0, 0, 2, 1, 0]]).expand(6, 5)
+    target = torch.tensor([0.0, 0.5, 1.0, 2.9, 3.0, 4.0])
+    place, before = policy._invert(weights, target)
+    assert place.tolist() == [0, 0, 2, 2, 3, 4]
+    assert before.tolist() == [0, 0, 1, 1, 3, 4]
+
+
+def test_the_smallest_nucleus():
+    probs = torch.tensor([[0.125, 0.5, 0.25, 0.125]])
+    for top_p, mass in (
+        (0.5, [0.5, 0, 0, 0]),
+        (0.51, [0.5, 0.25, 0, 0]),
+        (0.75, [0.5, 0.25, 0, 0]),
+    ):
+        kept, order = policy._nucleus(probs, top_p)
+        assert kept.tolist() == [mass], top_p
+        assert order[0, :2].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("size", [255, 256, 257, 512])
+def test_draws_at_the_ends_of_blocks(size):
+    """With equal probabilities u chooses token floor(u V), also the first and last of a block;
+    almost 1 the last, which is in the vocabulary."""
+    logits = torch.zeros(1, size, dtype=torch.float64)
+    for token in {0, 1, 254, 255, 256, 257, size - 1}:
+        if token < size:
+            u = torch.tensor([(token + 0.5) / size], dtype=torch.float64)
+            got, logprob = policy._draw(logits, u, 1.0, 1.0)
+            assert got.item() == token
+            assert logprob.item() == pytest.approx(-math.log(size))
+    almost = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert policy._draw(logits, almost, 1.0, 1.0)[0].item() == size - 1
+
+
+def test_log_probabilities_of_draws_are_untempered():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [400.0, 401.0, 399.0]])
+    plain = logits.log_softmax(-1)
+    for temperature, top_p in ((0, 1.0), (0.25, 1.0), (4.0, 1.0), (1.0, 0.1), (2.0, 0.1)):
+        token, logprob = policy._draw(logits, torch.tensor([0.6, 0.6]).double(), temperature, top_p)
+        expected = plain.gather(1, token[:, None]).squeeze(1)
+        torch.testing.assert_close(logprob, expected, rtol=1e-5, atol=5e-5)  # of logits near 400
+        if temperature == 0 or top_p == 0.1:
+            assert token.tolist() == [1, 1]
+    # e^(4 x) of 1, 3, 2 leaves 1.8% to the third, 0.03% to the first; e^(x / 4) 26% to the first
+    for temperature, u, token in (
+        (0.25, 0.0002, 0),
+        (0.25, 0.001, 1),
+        (0.25, 0.99, 2),
+        (4.0, 0.25, 0),
+    ):
+        got, _ = policy._draw(logits[:1], torch.tensor([u]).double(), temperature, 1.0)
+        assert got.item() == token, (temperature, u)
+
+
+def test_a_cache_with_room():
+    """What it shows is what was written, as it grows, and as rows of the end fill gaps."""
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache()
+    generator = torch.Generator().manual_seed(0)
+
+    def states(rows: int, tokens: int) -> tuple:
+        return tuple(torch.randn(2, rows, 3, tokens, 4, generator=generator))
+
+    keys, values = states(5, 6)
+    cache.update(keys, values, 0)
+    policy._with_room(cache, 2)
+    (layer,) = cache.layers
+    assert type(layer).__name__ == "RollingLayer"
+    assert layer.get_seq_length() == 6
+    kept = torch.arange(5)
+    for t, tokens in enumerate((1, 1, 1, 2, 1, 1, 1)):
+        more = states(len(kept), tokens)
+        got = layer.update(*more)
+        keys, values = torch.cat([keys, more[0]], 2), torch.cat([values, more[1]], 2)
+        assert torch.equal(got[0], keys), t
+        assert torch.equal(got[1], values), t
+        if t in (1, 4):
+            ended = torch.zeros(len(kept), dtype=torch.bool)
+            ended[1] = True
+            kept = policy._without_ended(ended)
+            layer.batch_select_indices(kept)
+            keys, values = keys[kept], values[kept]
+            assert torch.equal(layer.keys, keys)
+            assert torch.equal(layer.values, values)
+    assert layer.get_seq_length() == 14
+    assert len(keys) == 3
+
+
+def test_rows_that_go_on():
+    """They keep their places; the last ones fill the gaps."""
+    for ended, kept in (
+        ("00000", [0, 1, 2, 3, 4]),
+        ("10000", [4, 1, 2, 3]),
+        ("01010", [0, 4, 2]),
+        ("00011", [0, 1, 2]),
+        ("11001", [2, 3]),
+        ("11100", [3, 4]),
+        ("11110", [4]),
+        ("11111", []),
+    ):
+        flags = torch.tensor([c == "1" for c in ended])
+        assert policy._without_ended(flags).tolist() == kept, ended
+
+
+@pytest.mark.parametrize("longest,length", [(1, 32), (31, 32), (32, 32), (33, 64), (65, 96)])
+def test_prompts_are_padded_on_the_left(longest, length):
+    prompts = [list(range(1, longest + 1)), [7]]
+    ids, mask = policy._left_padded(prompts, 99, torch.device("cpu"))
+    assert ids.tolist() == [[99] * (length - len(p)) + p for p in prompts]
+    assert mask.tolist() == [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
+
+
+def small_sampler(batch_size: int, n: int, rows: bool, monkeypatch, interrupted=policy.never):
+    """(samples of four prompts, what the bar counted, the shapes of the prompts' forwards)."""
+    if not rows:
+        monkeypatch.setattr(policy, "_has_rows", lambda _: False)
+    model = small_llama(torch.float32).eval()
+    counted, shapes = [], []
+
+    class Bar:
+        def __init__(self, **settings):
+            counted.append(settings)
+
+        def update(self, count):
+            counted.append(count)
+
+        def close(self):
+            counted.append("closed")
+
+    monkeypatch.setattr(policy, "tqdm", Bar)
+    forward = model.forward
+
+    def noted(input_ids, **inputs):
+        if inputs["past_key_values"] is None:
+            shapes.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, **inputs)
+
+    model.forward = noted
+    tokenizer = types.SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    prompts = [[5, 6, 7], [8, 9], [5, 5, 5], [6, 4]]
+    samples = sample(
+        model, tokenizer, prompts, n, 6, stop=frozenset(range(32)), batch_size=batch_size,
+        seeds=range(4 * n), progress="title", interrupted=interrupted,
+    )  # fmt: skip
+    return samples, counted, shapes
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_batches_and_bar(rows, monkeypatch):
+    """Shortest prompts first, batch_size // n of them together (at least one); the bar counts every
+    response once. Models without rows to drop sample the same tokens."""
+    expected, _, _ = small_sampler(64, 1, True, monkeypatch)
+    lengths = [len(s.ids) for s in expected]
+    assert len(set(lengths)) > 1
+    for s in expected:
+        assert s.finished == (s.ids[-1] < 32)
+        assert s.answer == (s.ids[:-1] if s.finished else s.ids)
+        assert all(token >= 32 for token in s.answer)
+        assert s.finished or len(s.ids) == 6
+    together = {
+        (8, 1): [(4, 32)], (3, 1): [(3, 32), (1, 32)], (1, 1): [(1, 32)] * 4,
+        (5, 2): [(2, 32)] * 2, (4, 2): [(2, 32)] * 2, (3, 2): [(1, 32)] * 4, (1, 2): [(1, 32)] * 4,
+    }  # fmt: skip
+    in_place = {
+        (8, 1): [(2, 2), (2, 3)], (3, 1): [(2, 2), (2, 3)], (1, 1): [(1, 2)] * 2 + [(1, 3)] * 2,
+        (5, 2): [(4, 2), (4, 3)], (4, 2): [(4, 2), (4, 3)], (3, 2): [(2, 2)] * 2 + [(2, 3)] * 2,
+        (1, 2): [(2, 2)] * 2 + [(2, 3)] * 2,
+    }  # fmt: skip
+    drawn = {}
+    for (batch_size, n), batches in (together if rows else in_place).items():
+        samples, counted, shapes = small_sampler(batch_size, n, rows, monkeypatch)
+        assert shapes == batches
+        settings, *counts, end = counted
+        assert settings["total"] == 4 * n
+        assert settings["desc"] == "title"
+        assert not settings["disable"]
+        assert sum(counts) == 4 * n
+        assert end == "closed"
+        drawn.setdefault(n, []).append([s.ids for s in samples])
+    for n, same in drawn.items():
+        assert all(ids == same[0] for ids in same), n
+    assert drawn[1][0] == [s.ids for s in expected]
+
+
+def test_interrupted_without_rows(monkeypatch):
+    """What has been drawn is kept, cut short; prompts that were not begun have nothing."""
+    whole, _, _ = small_sampler(2, 1, False, monkeypatch)
+    asked = itertools.count()
+    # Asked before the first batch and before each of its tokens, until it has two of them
+    cut, counted, _ = small_sampler(2, 1, False, monkeypatch, lambda: next(asked) >= 3)
+    assert [len(s.ids) for s in whole] != [2, 2, 2, 2]
+    for i, (s, uncut) in enumerate(zip(cut, whole, strict=True)):
+        length = min(2, len(uncut.ids)) if i in (1, 3) else 0  # the short prompts were first
+        assert s.ids == uncut.ids[:length]
+        assert s.finished == (uncut.finished and len(uncut.ids) == length)
+
+
+def test_sampling_that_is_not_specified():
+    """256 tokens, one sample of a prompt, the model's own distribution, its own end token."""
+    model = small_llama(torch.float32, max_position_embeddings=512).eval()
+    tokenizer = types.SimpleNamespace(pad_token_id=0, eos_token_id=99)  # not of its vocabulary
+    (plain,) = sample(model, tokenizer, [[5, 6]], seeds=[1])
+    (same,) = sample(model, tokenizer, [[5, 6]], 1, 20, 1.0, 1.0, seeds=[1])
+    assert len(plain.ids) == 256
+    assert plain.ids[:20] == same.ids
+    tokenizer.eos_token_id = same.ids[4]
+    (ended,) = sample(model, tokenizer, [[5, 6]], seeds=[1])
+    shapes, forward = [], model.forward
+
+    def noted(input_ids, **inputs):
+        shapes.append(len(input_ids))
+        return forward(input_ids=input_ids, **inputs)
+
+    model.forward = noted
+    sample(model, tokenizer, [[5, 6]] * 130, max_new_tokens=1)
+    assert shapes == [128, 2]
+    assert ended.ids == same.ids[: same.ids.index(same.ids[4]) + 1]
+    assert ended.finished
+
+
+def test_which_models_have_rows_to_drop():
+    def has_rows(kinds, **more) -> bool:
+        config = types.SimpleNamespace(layer_types=kinds)
+        config.get_text_config = lambda: config
+        return policy._has_rows(types.SimpleNamespace(config=config, **more))
+
+    assert has_rows(None)
+    assert has_rows(["full_attention", "sliding_attention", "chunked_attention"])
+    assert not has_rows(["full_attention", "linear_attention"])
+    assert not has_rows(None, _is_stateful=True)
+    assert has_rows(None, _is_stateful=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts with pictures, by hand
+
+
+def test_encoded_prompts():
+    """The pictures of a conversation in their order, beside the ids; without a processor the text
+    alone."""
+    _, tokenizer = load_config("tiny")
+    chat = template(tokenizer)
+    asked = [{"role": "user", "content": "Hi"}]
+    (prompt,) = policy.encode_prompts(tokenizer, [asked])
+    expected = tokenizer(chat.before + "Hi" + chat.after, add_special_tokens=False)["input_ids"]
+    assert prompt == (expected, {})
+    content = [
+        {"type": "image", "image": "first"}, {"type": "text", "text": "Hi"},
+        {"type": "image", "image": "second"},
+    ]  # fmt: skip
+    messages = [{"role": "system", "content": "Be."}, {"role": "user", "content": content}]
+    messages.append({"role": "user", "content": [{"type": "image", "image": "third"}]})
+    assert policy._images(messages) == ["first", "second", "third"]
+    seen = []
+
+    def processor(text, images, return_tensors, add_special_tokens):
+        seen.append((text, images, return_tensors, add_special_tokens))
+        ids = torch.tensor([[4, 5, 6]])
+        return {"input_ids": ids, "attention_mask": ids, "pixel_values": ids * 2}
+
+    (prompt,) = policy.encode_prompts(tokenizer, [asked], processor)
+    assert prompt.ids == [4, 5, 6]
+    assert list(prompt.inputs) == ["pixel_values"]
+    assert seen == [([chat.before + "Hi" + chat.after], [], "pt", False)]
+
+
+def test_inputs_of_pictures_are_stacked():
+    """What is aligned with the prompt is padded with it: zeros on the left, the last entry on the
+    right; all else is put behind each other."""
+    items = [
+        ({"kinds": torch.tensor([[1, 2, 3]]), "pixels": torch.tensor([[5.0, 6.0, 7.0]] * 2)}, 3),
+        ({"kinds": torch.tensor([[4, 5]]), "pixels": torch.tensor([[8.0, 9.0, 10.0]])}, 2),
+    ]
+    left = policy.stack_inputs(items, 4, left=True)
+    assert left["kinds"].tolist() == [[0, 1, 2, 3], [0, 0, 4, 5]]
+    assert left["pixels"].tolist() == [[5, 6, 7], [5, 6, 7], [8, 9, 10]]
+    right = policy.stack_inputs(items, 4, left=False)
+    assert right["kinds"].tolist() == [[1, 2, 3, 3], [4, 5, 5, 5]]
+    longest = policy.stack_inputs(items, 3, left=True)
+    assert longest["kinds"].tolist() == [[1, 2, 3], [0, 4, 5]]
+    masks = [
+        ({"seen": torch.tensor([[[1, 0], [0, 1]]])}, 2),
+        ({"seen": torch.tensor([[[1, 1]]])}, 1),
+    ]
+    assert policy.stack_inputs(masks, 2, left=True)["seen"].tolist() == [
+        [[1, 0], [0, 1]],
+        [[0, 0], [1, 1]],
+    ]
+    vector = [({"x": torch.tensor([1])}, 1)]
+    assert policy.stack_inputs(vector, 3, left=True)["x"].tolist() == [1]
+
+
+class Generator:
+    """What sample_with_pictures asks of a model: its answers are 3, 2 and then 9 without end."""
+
+    def __init__(self):
+        self.asked, self.drawn = [], []
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def generate(self, input_ids, **options):
+        self.asked.append({"input_ids": input_ids.tolist(), **options})
+        self.drawn.append(torch.rand(()).item())
+        rows = len(input_ids) * options.get("num_return_sequences", 1)
+        answers = torch.tensor([[3, 2, 0], [9, 9, 9]]).repeat(rows, 1)[:rows]
+        prompts = input_ids.repeat_interleave(rows // len(input_ids), 0)
+        logits = [torch.arange(10.0).expand(rows, 10) * (k + 1) for k in range(3)]
+        sequences = torch.cat([prompts, answers], 1)
+        return types.SimpleNamespace(sequences=sequences, logits=logits)
+
+
+def test_pictures_by_the_librarys_generate():
+    """Batches of batch_size // samples prompts, padded on the left, each with the seed of its first
+    response; an answer ends with its first end token; log-probabilities are untempered."""
+    tokenizer = types.SimpleNamespace(pad_token_id=0)
+    prompts = [Prompt([5, 6], {}), Prompt([7], {}), Prompt([8], {})]
+    model = Generator()
+    state = torch.get_rng_state()
+    seeds = [4, 1, 2, 3, -1, 5]
+    samples = sample_with_pictures(
+        model, tokenizer, prompts, 2, 3, 0.5, frozenset([2, 1]), 5, seeds
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second = model.asked
+    assert first["input_ids"] == [[5, 6], [0, 7]]
+    assert first["attention_mask"].tolist() == [[1, 1], [0, 1]]
+    assert second["input_ids"] == [[8]]
+    for asked in (first, second):
+        options = {"do_sample": True, "temperature": 0.5, "top_k": 0, "top_p": 1.0}
+        options |= {"num_return_sequences": 2, "max_new_tokens": 3, "eos_token_id": [1, 2]}
+        options |= {"pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+        assert {name: asked[name] for name in options} == options
+    expected = []
+    for seed in (4, 2**63 - 1):
+        torch.manual_seed(seed)
+        expected.append(torch.rand(()).item())
+    torch.set_rng_state(state)
+    assert model.drawn == expected
+    assert [s.ids for s in samples] == [[3, 2], [9, 9, 9]] * 3
+    assert [s.finished for s in samples] == [True, False] * 3
+    for s in samples:
+        for k, (token, logprob) in enumerate(zip(s.ids, s.logprobs, strict=True)):
+            total = math.log(sum(math.exp(x * (k + 1)) for x in range(10)))
+            assert logprob == pytest.approx(token * (k + 1) - total, rel=1e-5)
+    model = Generator()
+    sample_with_pictures(model, tokenizer, prompts, 1, 3, 0.0, frozenset([2]), 1, [1, 2, 3])
+    assert len(model.asked) == 3
+    for asked in model.asked:
+        assert asked["do_sample"] is False
+        assert "temperature" not in asked
+    model = Generator()
+    sample_with_pictures(model, tokenizer, prompts, 4, 3, 1.0, frozenset([2]), 2, [0] * 12)
+    assert len(model.asked) == 3  # one prompt at least
+
+
+# --------------------------------------------------------------------------------------------------
+# Log-probabilities, entropy and value of given responses
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, -1.3)])
+def test_log_probabilities_and_entropy(weights):
+    """Values and gradients of autograd's own, each of the two alone and both together."""
+    logits = 3 * torch.randn(4, 7, generator=torch.Generator().manual_seed(0)).double()
+    targets, scale = torch.tensor([2, 0, 6, 2]), torch.tensor([1.0, 2, -1, 0.5]).double()
+    gradients = []
+    for ours in (True, False):
+        x = logits.clone().requires_grad_()
+        if ours:
+            logprobs, entropy = policy.TokenLogprobs.apply(x, targets)
+        else:
+            log_p = x.log_softmax(-1)
+            logprobs, entropy = log_p[torch.arange(4), targets], -(log_p.exp() * log_p).sum(-1)
+        loss = 0.0
+        for weight, values in zip(weights, (logprobs, entropy), strict=True):
+            if weight:  # else autograd hands None on
+                loss = loss + weight * (values * scale).sum()
+        gradients.append((logprobs.detach(), entropy.detach(), torch.autograd.grad(loss, x)[0]))
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_certain_token_has_no_entropy():
+    logits = torch.tensor([[0.0, 1e4]], requires_grad=True)
+    logprobs, entropy = policy.TokenLogprobs.apply(logits, torch.tensor([1]))
+    (logprobs + entropy).sum().backward()
+    assert (logprobs.item(), entropy.item()) == (0, 0)
+    assert logits.grad.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_policy_of_given_responses(entropy_gradient):
+    """Log-probabilities, entropy and value of response tokens, in their places, 0 elsewhere; the
+    entropy has a gradient where asked."""
+    lm = small_llama()
+    actor = Policy(lm, True).double()
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]).bool()
+    logprobs, entropy, values = actor(ids, mask, entropy_gradient)
+    out = lm(ids, output_hidden_states=True)
+    log_p = out.logits[:, :-1].log_softmax(-1)
+    expected = log_p.gather(2, ids[:, 1:, None]).squeeze(2) * mask
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1) * mask)
+    torch.testing.assert_close(values, actor.value(out.hidden_states[-1][:, :-1])[..., 0] * mask)
+    assert entropy.requires_grad == entropy_gradient
+    assert logprobs.requires_grad
+    assert not actor(ids, mask)[1].requires_grad  # not asked
+    assert Policy(lm, False)(ids, mask)[2] is None

@@ -1,7 +1,13 @@
 """tiny/: answers and solutions of the generated problems against an independent computation; their
 splits; hidden rules."""
 
+import itertools
+import json
+import math
+import random
 import re
+import types
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,12 +15,31 @@ import pytest
 import torch
 
 import checker
-from data import Example, embedded_examples, load_tasks
+import tiny.train
+from data import Encoded, Example, embedded_examples, load_tasks
+from games.play import Trajectory, Turn
+from model import ModelError, load_config
 from tests import answers
 from tests.answers import expression
-from tiny.conditions import Args, condition
+from tests.helpers import small_llama
+from tiny import conditions
+from tiny.conditions import Args, condition, with_wrong_answers
 from tiny.hidden_rules import CHANGES, change_rows, cipher_rows
-from tiny.problems import FAMILIES, ROLES
+from tiny.problems import (
+    FAMILIES,
+    PARTS,
+    ROLES,
+    embedded_rows,
+    falling_product,
+    family_rows,
+    fraction,
+    linear,
+    multiple_of_pi,
+    nonzero,
+    quadratic,
+    several,
+    several_nonzero,
+)
 
 WITH_PI = ("degrees_to_radians", "sector_area")
 
@@ -184,7 +209,7 @@ GREATEST = {
     "geometric_term": (0, [4, 4, 5, 5, 5]),
     "logarithm": (1, [6**2, 7**2, 8**3, 9**3, 10**3]),
     "arithmetic_series": (0, [4, 5, 5, 6, 6]),
-    "divisor_count": (0, [5**2 * 7, 3**3 * 11, 2**3 * 13**2, 3**4 * 13**2, 3**4 * 13**3]),
+    "divisor_count": (0, [5**2 * 7, 3**3 * 11, 3**3 * 13**2, 3**4 * 13**2, 3**4 * 13**3]),
     "arrangements": (0, [2, 2, 2, 3, 3]),
     "combinations": (0, [2, 2, 2, 3, 3]),
     "hypotenuse": (1, [3 * 12, 5 * 6, 8 * 6, 7 * 6, 20 * 6]),
@@ -206,13 +231,6 @@ def test_sizes_of_the_problems():
     assert angles == [[10, 10], [5, 5], [5, 5], [1, 1], [1, 1]]
     angles = [extreme("third_angle", True, level) for level in range(1, 6)]
     assert angles == [[160, 10], [160, 15], [160, 15], [160, 15], [160, 15]]
-
-
-class Least(random.Random):
-    """The first of the choices, all else at random."""
-
-    def choice(self, options):
-        return options[0]
 
 
 def test_angles_leave_a_third():
@@ -259,39 +277,223 @@ def test_draws():
     assert (len(several(rng, 4, 1, 9)), len(several_nonzero(rng, 3, 9))) == (4, 3)
 
 
-# Of worked solutions: numbers that stand neither in the problem nor to the right of a step before
-KNOWN = {
-    "average_of_three": {3}, "triangle_area": {2}, "rectangle_perimeter": {2}, "box_surface": {2},
-    "missing_side": {2}, "third_angle": {180}, "degrees_to_radians": {180}, "percent_of": {100},
-    "arithmetic_series": {2}, "sum_of_squared_roots": {2},
-}  # fmt: skip
-# Solutions of which another part is checked, or which take a number apart
-APART = {
-    "degrees_to_radians", "common_multiple", "divisor_count", "larger_root", "two_draws",
-    "combinations", "next_multiple", "arithmetic_series", "geometric_term", "arithmetic_term",
-    "sum_of_squared_roots", "base_conversion", "units_digit", "expand_product", "percent_of",
-    "linear_equation", "evaluate_quadratic", "remainder_theorem", "composition", "slope",
-    "digit_sum",
-}  # fmt: skip
+class Drawn:
+    """Draws what is given: the number, the place in a choice."""
+
+    def __init__(self, draws: list[int]):
+        self.draws = draws
+
+    def randint(self, low: int, high: int) -> int:
+        number = self.draws.pop(0)
+        assert low <= number <= high
+        return number
+
+    def choice(self, options):
+        return options[self.draws.pop(0)]
+
+    def random(self) -> float:
+        return float(self.draws.pop(0))
 
 
-def steps_of(example: Example) -> list[str]:
-    return example.response.split(" \\boxed")[0].rstrip(".").split(", ")
+# By hand. Family, level: draws (a choice of sign is 0 for minus, 1 for plus) / problem / worked
+# solution / answer
+WORKED = r"""
+add_and_subtract 2: 7 5 3 / Compute $7 + 5 - 3$. / 7 + 5 = 12, 12 - 3 = 9 / 9
+order_of_operations 2: 7 5 4 / Compute $7 + 5 \cdot 4$. / 5 \cdot 4 = 20, 7 + 20 = 27 / 27
+percent_of 5: 4 7 / What is $75\%$ of $28$?
+  / 75 / 100 = 3 / 4, 28 / 4 = 7, 3 \cdot 7 = 21 / 21
+fraction_sum 3: 4 6 3 5 / Compute $\frac{3}{4} + \frac{5}{6}$.
+  / 3 \cdot 6 + 5 \cdot 4 = 18 + 20 = 38, 4 \cdot 6 = 24 / \frac{19}{12}
+unit_price 2: 5 3 7 / If 3 pens cost 15 dollars, how many dollars do 7 pens cost?
+  / 15 / 3 = 5, 5 \cdot 7 = 35 / 35
+missing_addend 1: 11 4 / What number added to $11$ gives $15$? / 15 - 11 = 4 / 4
+difference_of_products 5: 7 9 4 5 / Compute $7 \cdot 9 - 4 \cdot 5$.
+  / 7 \cdot 9 = 63, 4 \cdot 5 = 20, 63 - 20 = 43 / 43
+average_of_three 3: 8 11 6 / What is the average of $11$, $6$ and $7$?
+  / 11 + 6 = 17, 17 + 7 = 24, 24 / 3 = 8 / 8
+linear_equation 5: 3 1 7 0 4 / Solve $3x - 4 = 17$ for $x$.
+  / 3x = 17 + 4 = 21, x = 21 / 3 = 7 / 7
+linear_equation 5: 3 0 2 1 5 / Solve $3x + 5 = -1$ for $x$.
+  / 3x = -1 - 5 = -6, x = -6 / 3 = -2 / -2
+evaluate_quadratic 2: 0 3 1 5 4 / If $f(x) = x^2 - 3x + 5$, what is $f(4)$?
+  / 4^2 = 16, -3 \cdot 4 = -12, 16 + -12 = 4, 4 + 5 = 9 / 9
+sum_and_difference 1: 9 4 / If $x + y = 13$ and $x - y = 5$, what is $x$?
+  / 2x = 13 + 5 = 18, x = 9 / 9
+expand_product 2: 1 3 0 5 / Expand $(x + 3)(x - 5)$.
+  / 3 + -5 = -2, 3 \cdot -5 = -15 / x^2 - 2x - 15
+larger_root 2: 1 4 0 2 / What is the larger root of $x^2 - 2x - 8 = 0$?
+  / -8 = -2 \cdot 4, 2 = -2 + 4 / 4
+two_step_equation 4: 4 3 7 / Solve $\frac{x}{4} + 3 = 10$ for $x$.
+  / 10 - 3 = 7, 4 \cdot 7 = 28 / 28
+value_of_expression 2: 3 6 2 5 / If $a = 3$ and $b = 6$, what is $2a + 5b$?
+  / 2 \cdot 3 = 6, 5 \cdot 6 = 30, 6 + 30 = 36 / 36
+slope 2: 0 3 2 4 1 / What is the slope of the line through $(4, 1)$ and $(6, -5)$?
+  / -5 - 1 = -6, 6 - 4 = 2, -6 / 2 = -3 / -3
+remainder_theorem 2: 1 3 0 7 2
+  / What is the remainder when $x^2 + 3x - 7$ is divided by $x - 2$?
+  / 2^2 = 4, 3 \cdot 2 = 6, 4 + 6 = 10, 10 + -7 = 3 / 3
+geometric_term 3: 5 3 4 / What is term 4 of the geometric sequence $5, 15, \ldots$?
+  / 5, 15, 45, 135 / 135
+logarithm 3: 4 3 7 / Compute $\log_{4} 64 + 7$. / 4^3 = 64, 3 + 7 = 10 / 10
+sum_of_squared_roots 1: 1 5 0 3
+  / The roots of $x^2 - 2x - 15 = 0$ are $r$ and $t$. What is $r^2 + t^2$?
+  / 2 \cdot 2 = 4, 2 \cdot -15 = -30, 4 - -30 = 34 / 34
+arithmetic_series 4: 7 3 5
+  / What is the sum of the first 5 terms of the arithmetic sequence $7, 10, \ldots$?
+  / 4 \cdot 3 = 12, 7 + 12 = 19, 7 + 19 = 26, 5 \cdot 26 = 130, 130 / 2 = 65 / 65
+function_sum 2: 3 4 2 5 / If $f(x) = 3x + 4$, what is $f(2) + f(5)$?
+  / 3 \cdot 2 = 6, 6 + 4 = 10, 3 \cdot 5 = 15, 15 + 4 = 19, 10 + 19 = 29 / 29
+arithmetic_term 2: 7 3 5 / What is term 5 of the arithmetic sequence $7, 10, \ldots$?
+  / 4 \cdot 3 = 12, 7 + 12 = 19 / 19
+composition 3: 3 0 2 4 1 5 2 / If $f(x) = 3x - 2$ and $g(x) = 4x + 5$, what is $f(g(2))$?
+  / 4 \cdot 2 = 8, 8 + 5 = 13, 3 \cdot 13 = 39, 39 + -2 = 37 / 37
+degrees_to_radians 5: 3 7 / Convert $252^\circ$ to radians.
+  / 252 = 7 \cdot 36, 180 = 5 \cdot 36 / \frac{7\pi}{5}
+dot_product 5: 1 2 0 3 1 5 1 4 / Compute $(2, -3) \cdot (5, 4)$.
+  / 2 \cdot 5 = 10, -3 \cdot 4 = -12, 10 + -12 = -2 / -2
+determinant 5: 7 2 3 5 / Compute $\begin{vmatrix} 7 & 2 \\ 3 & 5 \end{vmatrix}$.
+  / 7 \cdot 5 = 35, 2 \cdot 3 = 6, 35 - 6 = 29 / 29
+complex_product 5: 7 2 3 5 / Compute $(7 + 2i)(3 + 5i)$.
+  / 7 \cdot 3 - 2 \cdot 5 = 21 - 10 = 11, 7 \cdot 5 + 2 \cdot 3 = 35 + 6 = 41 / 11 + 41i
+squared_length 2: 1 2 0 3 1 5 / What is the square of the length of the vector $(2, -3, 5)$?
+  / 4 + 9 = 13, 13 + 25 = 38 / 38
+vector_sum 2: 1 2 0 3 1 5 1 4 / Compute $(2, -3) + (5, 4)$. / 2 + 5 = 7, -3 + 4 = 1 / (7, 1)
+scaled_vector 2: 3 2 5 7 4 / Compute $3(2, 5) + (7, 4)$.
+  / 3 \cdot 2 + 7 = 6 + 7 = 13, 3 \cdot 5 + 4 = 15 + 4 = 19 / (13, 19)
+matrix_times_vector 5: 7 2 3 5 4 6
+  / Compute $\begin{pmatrix} 7 & 2 \\ 3 & 5 \end{pmatrix} (4, 6)$.
+  / 7 \cdot 4 + 2 \cdot 6 = 28 + 12 = 40, 3 \cdot 4 + 5 \cdot 6 = 12 + 30 = 42 / (40, 42)
+division_remainder 2: 7 6 4 / What is the remainder when $46$ is divided by $7$?
+  / 7 \cdot 6 = 42, 46 - 42 = 4 / 4
+common_divisor 3: 6 3 5 / What is the greatest common divisor of $18$ and $30$?
+  / 30 = 1 \cdot 18 + 12, 18 = 1 \cdot 12 + 6, 12 = 2 \cdot 6 + 0 / 6
+common_multiple 3: 10 8 / What is the least common multiple of $10$ and $8$?
+  / 10 = 2 \cdot 5, 8 = 2 \cdot 4, 10 \cdot 4 = 40 / 40
+divisor_count 3: 4 3 2 / How many positive divisors does $1323$ have?
+  / 1323 = 3^3 \cdot 7^2, 4 \cdot 3 = 12 / 12
+base_conversion 2: 3 25 / Write $25$ in base $3$.
+  / 25 = 8 \cdot 3 + 1, 8 = 2 \cdot 3 + 2, 2 = 0 \cdot 3 + 2 / 221_{3}
+digit_sum 2: 7 0 5 / What is the sum of the digits of $705$? / 7 + 0 = 7, 7 + 5 = 12 / 12
+next_multiple 2: 6 22 / What is the smallest multiple of $6$ greater than $22$?
+  / 22 = 3 \cdot 6 + 4, 4 \cdot 6 = 24 / 24
+units_digit 3: 7 4 / What is the units digit of $7^{4}$? / 7, 9, 3, 1 / 1
+arrangements 4: 6 3 1 / In how many ways can 3 of 6 different cups be placed in a row?
+  / 6 \cdot 5 \cdot 4 = 120 / 120
+combinations 4: 6 3 3 / In how many ways can 3 of 6 students be chosen?
+  / 6 \cdot 5 \cdot 4 = 120, 120 / 6 = 20 / 20
+single_draw 2: 4 6
+  / A bag holds 4 red and 6 blue marbles. One is drawn. What is the probability that it is red?
+  / 4 + 6 = 10 / \frac{2}{5}
+outfits 2: 3 4 5 / How many outfits can be made from 3 shirts, 4 hats and 5 belts?
+  / 3 \cdot 4 = 12, 12 \cdot 5 = 60 / 60
+multiples_up_to 2: 4 30 / How many multiples of $4$ are between $1$ and $30$?
+  / 30 = 7 \cdot 4 + 2 / 7
+other_color 2: 4 6
+  / A bag holds 4 red and 6 blue marbles. One is drawn. What is the probability that it is not red?
+  / 4 + 6 = 10 / \frac{3}{5}
+two_menus 5: 3 4 5 7 / One menu has 3 soups and 4 mains, another 5 soups and 7 mains.
+  How many meals of one menu are there? / 3 \cdot 4 = 12, 5 \cdot 7 = 35, 12 + 35 = 47 / 47
+two_draws 2: 4 6 / A bag holds 4 red and 6 blue marbles. Two are drawn.
+  What is the probability that both are red? / 4 \cdot 3 = 12, 10 \cdot 9 = 90 / \frac{2}{15}
+rectangle_perimeter 1: 7 4 / What is the perimeter of a rectangle with sides $7$ and $4$?
+  / 7 + 4 = 11, 2 \cdot 11 = 22 / 22
+triangle_area 2: 5 7 / What is the area of a triangle with base $10$ and height $7$?
+  / 10 / 2 = 5, 5 \cdot 7 = 35 / 35
+hypotenuse 2: 1 3 0 / What is the hypotenuse of a right triangle with legs $15$ and $36$?
+  / 15^2 = 225, 36^2 = 1296, 225 + 1296 = 1521 = 39^2 / 39
+sector_area 2: 6 2 / A circle of radius $6$ is cut into 4 equal sectors.
+  What is the area of one? / 6^2 = 36 / 9\pi
+third_angle 2: 7 12 / Two angles of a triangle are $35^\circ$ and $60^\circ$.
+  What is the third, in degrees? / 35 + 60 = 95, 180 - 95 = 85 / 85
+box_volume 2: 3 4 5 / What is the volume of a box with sides $3$, $4$ and $5$?
+  / 3 \cdot 4 = 12, 12 \cdot 5 = 60 / 60
+missing_side 1: 7 4 / The perimeter of a rectangle is $22$ and one side is $7$.
+  What is the other side? / 22 / 2 = 11, 11 - 7 = 4 / 4
+box_surface 3: 3 4 5 / What is the surface area of a box with sides $3$, $4$ and $5$?
+  / 3 \cdot 4 = 12, 4 \cdot 5 = 20, 3 \cdot 5 = 15, 12 + 20 = 32, 32 + 15 = 47, 2 \cdot 47 = 94 / 94
+"""
 
 
-def test_numbers_of_a_solution_come_from_somewhere():
-    """Of the problem, or of a step before; the last step gives the answer where that is a whole
-    number."""
-    for name, examples in embedded_examples(25, 5, "train").items():
-        family = name.split("/")[1]
-        for example in examples:
-            known = set(integers(example.prompt)) | KNOWN.get(family, set())
-            for step in steps_of(example):
-                left = step.split("=")[0]
-                if family not in APART:
-                    assert set(integers(left)) <= known, (family, example)
-                known |= set(integers(step))
-            assert set(integers(example.answer)) <= known or "frac" in example.answer, example
+def test_worked_solutions():
+    """Of a problem of each family, whose numbers differ, word for word."""
+    functions = {}
+    for by_role in FAMILIES.values():
+        for families in by_role:
+            functions |= {function.__name__: function for function in families}
+    seen = set()
+    for row in re.sub(r"\n  ", " ", WORKED).strip().splitlines():
+        draw, problem, rest = row.split(" / ", 2)
+        solution, _, answer = rest.rpartition(" / ")
+        head, _, numbers = draw.partition(": ")
+        family, level = head.split()
+        drawn = Drawn(list(map(int, numbers.split())))
+        got = functions[family](drawn, int(level))
+        assert got[0] == problem
+        assert ", ".join(map(str, got[1])) == solution
+        assert str(got[2]) == answer
+        assert not drawn.draws, family
+        seen.add(family)
+    assert seen == functions.keys()
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows and their parts
+
+
+def test_rows_of_a_family():
+    """Distinct ones, the levels in turn; a family that has no more is given up after 25 draws for
+    each row that is wanted."""
+    levels = []
+
+    def hundred(rng, level):
+        levels.append(level)
+        return f"Number {rng.randrange(100)}?", ["3 + -4 = -1", r"2 \cdot -1 = -2", -1, -5], -5
+
+    everything = [f"Number {i}?" for i in range(100)]
+    found = {}
+    for part in ("train", "test", "post", "final"):
+        levels.clear()
+        rows = family_rows(hundred, 100, 0, part)
+        assert levels == [1, 2, 3, 4, 5] * 500
+        found[part] = [row["problem"] for row in rows]
+        for row in rows:
+            assert row["solution"] == (r"3 + (-4) = -1, 2 \cdot (-1) = -2, -1, -5. \boxed{-5}")
+            assert row["answer"] == "-5"
+    assert sorted(found["train"] + found["test"]) == sorted(everything)
+    assert sorted(found["post"] + found["final"]) == sorted(found["test"])
+    remainders = {part: {zlib.crc32(p.encode()) % 10 for p in found[part]} for part in found}
+    assert remainders == {part: set(PARTS[part]) for part in PARTS}
+    assert (remainders["post"], remainders["final"]) == ({5}, {0})
+
+    levels.clear()
+    few = family_rows(hundred, 3, 0, "train")
+    assert len(few) == len({row["problem"] for row in few}) == 3
+    assert len(levels) < 20
+    assert few == family_rows(hundred, 3, 0, "train") != family_rows(hundred, 3, 1, "train")
+    assert family_rows(hundred, 100, 0, "train")[:3] == few
+
+
+def test_rows_of_all_families():
+    """The roles that are asked for; up to so many rows of each family."""
+    names = {}
+    for role in ROLES:
+        rows = embedded_rows(6, 0, "train", role)
+        names[role] = list(rows)
+        for name, of_family in rows.items():
+            subject = name.split("/")[0]
+            assert len(of_family) == 6
+            assert {row["subject"] for row in of_family} == {subject}
+            assert set(of_family[0]) == {"problem", "solution", "answer", "subject", "level"}
+    counts = {role: len(of_role) for role, of_role in names.items()}
+    assert counts == {"pretraining": 35, "training": 14, "heldout": 7}
+    assert set(embedded_rows(1, 0, "train")) == {*names["pretraining"], *names["training"]} | {
+        *names["heldout"]
+    }
+    assert names["heldout"] == [
+        "Prealgebra/average_of_three", "Algebra/slope", "Intermediate Algebra/composition",
+        "Precalculus/matrix_times_vector", "Number Theory/units_digit",
+        "Counting & Probability/two_draws", "Geometry/box_surface",
+    ]  # fmt: skip
 
 
 def prompts_of(per_family: int, seeds: tuple[int, ...], split: str) -> set[str]:
@@ -396,3 +598,378 @@ def test_demonstrations_of_the_lower_levels():
     levels = {part: {row["level"] for row in rows} for part, rows in parts.items()}
     every = {1, 2, 3, 4, 5}
     assert levels == {"train": every, "test": every, "sft": {1, 2}}
+
+
+def family_of(name: str, count: int) -> list[dict]:
+    """Rows of which every fifth has the answer of the one before."""
+    rows = []
+    for i in range(count):
+        answer = str(i - (i % 5 == 4))
+        solution = f"It is \\boxed{{{answer}}}"
+        rows.append({"problem": f"{name} {i}", "solution": solution, "answer": answer})
+    return rows
+
+
+def test_wrong_demonstrations():
+    """Of a share of the rows the response is a bare wrong answer of the same family."""
+    families = {"a": family_of("a", 1000), "b": family_of("b", 1000)}
+    whole = families["a"] + families["b"]
+    assert with_wrong_answers(families, 1.0, random.Random(0)) == whole
+    for q in (0.0, 0.3, 0.7):
+        rows = with_wrong_answers(families, q, random.Random(0))
+        assert [row["problem"] for row in rows] == [row["problem"] for row in whole]
+        assert [row["answer"] for row in rows] == [row["answer"] for row in whole]
+        right = 0
+        for row, before in zip(rows, whole, strict=True):
+            if row["solution"] == before["solution"]:
+                right += 1
+                continue
+            given = re.fullmatch(r"\\boxed\{(\d+)\}", row["solution"])[1]
+            assert given != row["answer"]
+            assert int(given) < 1000
+        assert right / 2000 == pytest.approx(q, abs=0.04)
+    alike = {"a": [{"problem": "x", "solution": "1", "answer": "1"}] * 3}
+    assert with_wrong_answers(alike, 0.0, random.Random(0)) == alike["a"]
+
+
+SMALL = Args(Path(), per_family=6, test_per_family=2)
+
+
+def all_rows(per_family: int, part: str) -> list[dict]:
+    """Of the families that the embedded models know."""
+    rows = []
+    for of_family in embedded_rows(per_family, 0, part, "pretraining").values():
+        rows += of_family
+    return rows
+
+
+def share_of_bare(rows: list[dict]) -> float:
+    return sum(row["solution"].startswith("\\boxed") for row in rows) / len(rows)
+
+
+def test_conditions_of_the_study():
+    """How many rows there are, of families that are known or not, and how many are worked."""
+    parts = {name: condition(name, SMALL) for name in conditions.NAMES}
+    sizes = {name: (len(p["train"]), len(p["test"])) for name, p in parts.items()}
+    post, final = all_rows(6, "post"), all_rows(2, "final")
+    known, unknown = (len(post), len(final)), (8 * 6, 8 * 6)
+    assert sizes == {
+        "A1": known, "A0.7": known, "A0.3": known, "D": known, "B1": unknown, "B0.5": unknown,
+        "C": (2 * 8 * 6, 2 * 8 * 6),
+    }  # fmt: skip
+    for name, share in (("A1", 0), ("A0.7", 0.3), ("A0.3", 0.7), ("B1", 0), ("B0.5", 0.5)):
+        assert share_of_bare(parts[name]["train"]) == pytest.approx(share, abs=0.15), name
+    for name in conditions.NAMES:
+        assert share_of_bare(parts[name]["test"]) == 0, name
+        train, test = ({row["problem"] for row in parts[name][part]} for part in ("train", "test"))
+        assert not train & test
+        assert name == "C" or len(train) == sizes[name][0]
+    assert (parts["A1"]["train"], parts["A1"]["test"]) == (post, final)
+    for part, count in (("train", 48), ("test", 48)):
+        first, second = parts["C"][part][:count], parts["C"][part][count:]
+        assert all(row in parts["A0.3"][part] for row in first)
+        assert sorted(map(str, second)) == sorted(map(str, parts["B1"][part]))
+    shown = parts["D"]["sft"]
+    assert shown == [row for row in parts["D"]["train"] if row["level"] in (1, 2)]
+    assert condition("B0.5", SMALL) == parts["B0.5"]
+    assert condition("B0.5", Args(Path(), 1, (), 6, 2)) != parts["B0.5"]
+
+
+def test_files_of_the_conditions(tmp_path, capsys):
+    """The demonstrations of D lie apart, as train.jsonl: a folder is trained on whole."""
+    args = Args(tmp_path / "c", names=("D", "B1"), per_family=6, test_per_family=2)
+    assert conditions.main(args) == 0
+    train, test, shown = map(len, condition("D", SMALL).values())
+    said = capsys.readouterr().out
+    assert said == f"D: {train} train, {test} test, {shown} sft\nB1: 48 train, 48 test\n"
+    files = sorted(str(file.relative_to(args.folder)) for file in args.folder.rglob("*.jsonl"))
+    assert files == [
+        "B1/test.jsonl", "B1/train.jsonl", "D-sft/train.jsonl", "D/test.jsonl", "D/train.jsonl",
+    ]  # fmt: skip
+    lines = (args.folder / "D-sft" / "train.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == condition("D", SMALL)["sft"]
+    assert conditions.main(Args(tmp_path / "d", names=("A1.0",))) == 2
+    assert capsys.readouterr().err == (
+        "tiny.conditions: no condition A1.0: A1, A0.7, A0.3, B1, B0.5, C, D\n"
+    )
+    assert not (tmp_path / "d").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# tiny/train.py: what the embedded models are made of
+
+
+def test_the_tiny_model():
+    """1.2M parameters: five layers of four heads and 128 units, embeddings in steps of 64."""
+    for length, rows in ((1000, 1024), (1024, 1024), (1025, 1088)):
+        tokenizer = type("Sized", (), {"__len__": lambda self, n=length: n})()
+        tokenizer.eos_token_id, tokenizer.pad_token_id = 1, 0
+        model = tiny.train.tiny_llama(tokenizer)
+        layer = 4 * 128 * 128 + 3 * 128 * 384 + 2 * 128
+        parameters = rows * 128 + 5 * layer + 128
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        assert tiny.train.millions(model) == f"{parameters / 1e6:.2f}M parameters"
+        assert model.config.num_attention_heads == model.config.num_key_value_heads == 4
+        assert model.config.max_position_embeddings == 2048
+        assert (model.config.eos_token_id, model.config.pad_token_id) == (1, 0)
+        assert model.config.bos_token_id is None
+    assert tiny.train.mean([1, 2, 6]) == 3
+
+
+def test_the_tokenizer():
+    """Any text round-trips; digits stand alone, an operator takes its spaces."""
+    texts = ["12 + 34 = 46", "Find the sum", r"\frac{1}{2}", r"3 \cdot 4"] * 20
+    tokenizer = tiny.train.train_tokenizer(texts, vocab_size=400)
+    assert len(tokenizer) <= 400
+    names = tokenizer.convert_ids_to_tokens(range(6))
+    assert names == ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|image|>"]
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|end|>")
+    assert set(names) <= set(tokenizer.all_special_tokens)
+    assert tokenizer.model_max_length == 2048
+
+    def pieces(text: str) -> list[str]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        return [tokenizer.decode([i]) for i in ids]
+
+    assert pieces("12 + 34") == ["1", "2", " + ", "3", "4"]
+    assert pieces(r"3 \cdot 4") == ["3", r" \cdot ", "4"]
+    assert pieces("Find the") == ["Find", " the"]
+    pieces("é ∘\n\t漢 a  b")
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    shown = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert shown == "<|user|>x<|assistant|>y<|end|>"
+    asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert asked == "<|user|>x<|assistant|>"
+
+
+def test_texts_of_the_tokenizer():
+    """Every eighth problem, the rows of ten ciphers, pairs of digits ten times, games 50 times."""
+    examples = [Example(f"p{i}", f"r{i}", "", "", 0, "") for i in range(17)]
+    texts = tiny.train.tokenizer_texts(examples)
+    assert texts[:6] == ["p0", "r0", "p8", "r8", "p16", "r16"]
+    assert len(texts) == 6 + 10 * 100 * 2 + 100 * 2 * 10 + 3 * 50
+    rows = [row["problem"] for rule in range(10) for row in cipher_rows(rule)]
+    assert texts[6:2006:2] == rows
+    assert texts.count(r"$3 \circ 7$") == 10
+    assert texts[-150:] == tiny.train.GAME_TEXTS * 50
+
+
+def test_batches_of_problems():
+    """Every family is as likely; rows of like lengths together, their widths multiples of 8."""
+    families = []
+    for kind in (1, 2):
+        rows = [Encoded([kind] * n, 1) for n in range(2, 40)] * (1 if kind == 1 else 5)
+        families.append(rows)
+    batches = tiny.train.problem_batches(families, 6, 3, 0)
+    drawn = list(itertools.islice(batches, 64))
+    again = list(itertools.islice(tiny.train.problem_batches(families, 6, 3, 0), 64))
+    other = next(tiny.train.problem_batches(families, 6, 4, 0))
+    first, kinds = [], []
+    for batch, same in zip(drawn, again, strict=True):
+        ids = batch["input_ids"]
+        assert torch.equal(ids, same["input_ids"])
+        assert ids.shape[0] == 6
+        lengths = (ids != 0).sum(1).tolist()
+        assert ids.shape[1] == -(-max(lengths) // 8) * 8
+        assert max(lengths) - min(lengths) < 15
+        kinds += ids[:, 0].tolist()
+        first.append(max(lengths))
+    assert sum(kind == 1 for kind in kinds) / len(kinds) == pytest.approx(0.5, abs=0.12)
+    assert first[:16] != sorted(first[:16])
+    assert not torch.equal(other["input_ids"], drawn[0]["input_ids"])
+
+
+class Kept:
+    """An optimizer that changes nothing and keeps what it saw."""
+
+    def __init__(self, monkeypatch, name: str):
+        self.rates, self.norms, self.settings, self.params = [], [], None, None
+        real = getattr(torch.optim, name)
+
+        class Still(real):
+            def step(_, *args, **kwargs):
+                (group,) = _.param_groups
+                self.settings, self.params = group, group["params"]
+                self.rates.append(group["lr"])
+                self.norms.append(sum(p.grad.square().sum().item() for p in group["params"]))
+
+        monkeypatch.setattr(torch.optim, name, Still)
+
+
+def one_batch() -> dict:
+    ids = torch.arange(16).view(2, 8)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def test_how_the_tiny_model_is_trained(monkeypatch):
+    """Muon takes the matrices but for the embeddings, AdamW the rest; gradients are cut at 1."""
+    muon, adamw = Kept(monkeypatch, "Muon"), Kept(monkeypatch, "AdamW")
+    model = small_llama(torch.float32)
+    losses = tiny.train.fit(model, itertools.repeat(one_batch()), 4, lr=0.02, warmup=2)
+    logits = model(one_batch()["input_ids"]).logits[:, :-1].log_softmax(-1)
+    labels = one_batch()["labels"][:, 1:]
+    expected = -logits.gather(2, labels.clamp(min=0)[..., None])[..., 0][labels != -100].mean()
+    assert losses == pytest.approx([expected.item()] * 4, rel=1e-5)
+    assert muon.rates == pytest.approx([0.01, 0.015, 0.01, 0.005])
+    assert adamw.rates == pytest.approx([0.0015, 0.00225, 0.0015, 0.00075])
+    assert (muon.settings["momentum"], muon.settings["weight_decay"]) == (0.95, 0.01)
+    assert (adamw.settings["betas"], adamw.settings["weight_decay"]) == ((0.9, 0.98), 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    others = {names[id(p)] for p in adamw.params}
+    assert others == {n for n in names.values() if "norm" in n or "embed" in n}
+    assert {names[id(p)] for p in muon.params} == set(names.values()) - others
+    for a, b in zip(muon.norms, adamw.norms, strict=True):
+        assert math.sqrt(a + b) == pytest.approx(1.0, rel=1e-3)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(ModelError, match="^the loss of step 1 is not finite: lower --lr$"):
+        tiny.train.fit(model, itertools.repeat(one_batch()), 4, lr=0.02, warmup=2)
+
+
+def test_a_habit_is_taught_in_sixty_steps(monkeypatch):
+    adamw = Kept(monkeypatch, "AdamW")
+    monkeypatch.setattr(tiny.train, "mean_loss", lambda model, batch: model(batch).sum())
+    tiny.train.teach_habit(torch.nn.Linear(1, 1), itertools.repeat(torch.ones(1, 1)))
+    assert adamw.rates == [3e-4] * 60
+    assert adamw.settings["weight_decay"] == 0
+
+
+def test_how_many_are_solved(monkeypatch):
+    """Greedily, up to 96 tokens, as the template asks and ends."""
+    _, tokenizer = load_config("tiny")
+    seen = {}
+
+    def sample(model, tokenizer, prompts, **settings):
+        seen.update(settings, prompts=[tokenizer.decode(ids) for ids in prompts])
+        texts = [r"\boxed{1}", r"\boxed{3}", "so 5"]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [types.SimpleNamespace(answer=answer) for answer in ids]
+
+    monkeypatch.setattr(tiny.train, "sample", sample)
+    examples = [Example(f"{i}?", "", str(i), "", 0, "") for i in (1, 2, 5)]
+    assert tiny.train.solved(None, tokenizer, examples) == 2
+    assert seen == {
+        "max_new_tokens": 96, "temperature": 0, "stop": {tokenizer.eos_token_id},
+        "prompts": [f"<|user|>{i}?<|assistant|>" for i in (1, 2, 5)],
+    }  # fmt: skip
+
+
+def test_table_of_accuracy():
+    """By subject and role, weighted by the problems."""
+    counts = {}
+    for i, subject in enumerate(FAMILIES):
+        for k, role in enumerate(ROLES):
+            counts[role, f"{subject}/a"] = (i, 10)
+            counts[role, f"{subject}/b"] = (10 * k, 30)
+    lines = tiny.train.accuracy_table(counts).splitlines()
+    assert lines[:2] == ["| subject | pretraining | training | heldout |", "|---|---|---|---|"]
+    for i, (subject, line) in enumerate(zip(FAMILIES, lines[2:9], strict=True)):
+        cells = [f"{100 * (i + 10 * k) / 40:.0f}%" for k in range(3)]
+        # what begins with "Algebra" is Algebra alone
+        assert line == f"| {subject} | {' | '.join(cells)} |"
+    assert lines[9] == "| all | 8% | 32% | 58% |"  # 21, 91 and 161 of 280
+    assert len(lines) == 10
+
+
+def won(*rewards: float) -> list[Trajectory]:
+    turns = [Turn([], [], [], True, '{"cards": ["A"]}', reward) for reward in rewards]
+    return [Trajectory(turns, won=rewards[-1] > 0)]
+
+
+def test_report_on_the_games(monkeypatch, capsys):
+    asked = []
+
+    def play(model, tokenizer, game, *args, **settings):
+        asked.append((type(game).__name__, game.split, game.compact, args, settings))
+        return [won(-1, 1), won(-1, -1, -1), won(1)]
+
+    monkeypatch.setattr(tiny.train, "play", play)
+    model = torch.nn.Linear(1, 1)
+    tiny.train.report_games("then", model, None)
+    assert model.training
+    assert capsys.readouterr().out == (
+        "then: General Points: won 2 of 100, right turns 2 of 6\n"
+        "then: V-IRL: won 2 of 100, right turns 2 of 6\n"
+    )
+    settings = (range(100), 1, "test", 96), {"temperature": 0}
+    assert asked == [
+        ("GeneralPoints", "test", True, *settings), ("VIRL", "test", True, *settings),
+    ]  # fmt: skip
+
+
+def test_batches_of_the_games():
+    """Walks at even steps, 16 turns; cards at odd ones, 32; bare: only the field that counts."""
+    _, tokenizer = load_config("tiny_games")
+
+    def texts(step: int, bare: float) -> list[tuple[str, str]]:
+        batch = next(tiny.train.game_batches(tokenizer, random.Random(0), step, bare))
+        found = []
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            response = labels[labels != -100]
+            start = (labels != -100).nonzero()[0].item()
+            found.append((tokenizer.decode(ids[:start]), tokenizer.decode(response)))
+        return found
+
+    cards = texts(1, 0.0)
+    assert len(cards) == 32
+    for prompt, response in cards:
+        assert prompt.startswith('<|user|>["') and prompt.endswith(": 24<|assistant|>")
+        assert response.endswith("<|end|>")
+        assert list(json.loads(response.removesuffix("<|end|>"))) == ["cards", "number", "formula"]
+    assert len({prompt for prompt, _ in cards}) > 28
+    assert {prompt for prompt, _ in texts(3, 0.0)}.isdisjoint(prompt for prompt, _ in cards)
+    walks = texts(0, 0.0)
+    assert len(walks) == 16
+    for _, response in walks:
+        fields = list(json.loads(response.removesuffix("<|end|>")))
+        assert fields == ["current observation", "current instruction", "action"]
+    for step, name in ((1, "formula"), (0, "action")):
+        for _, response in texts(step, 1.0):
+            assert list(json.loads(response.removesuffix("<|end|>"))) == [name]
+            assert response.endswith("<|end|>")
+    half = [len(json.loads(response.removesuffix("<|end|>"))) for _, response in texts(1, 0.5)]
+    assert {1, 3} == set(half)
+    assert 8 <= half.count(1) <= 24
+
+
+def test_eyes():
+    """A SigLIP of two layers for 128 x 128 pixels in patches of 16, in front of tiny_games."""
+    model, processor = tiny.train.vision_model()
+    vision = model.config.vision_config
+    assert (vision.hidden_size, vision.intermediate_size) == (128, 256)
+    assert (vision.num_hidden_layers, vision.num_attention_heads) == (2, 4)
+    assert (vision.image_size, vision.patch_size, vision.vision_use_head) == (128, 16, False)
+    assert model.config.vision_feature_layer == -1
+    assert model.config.vision_feature_select_strategy == "full"
+    assert processor.patch_size == 16
+    assert dict(processor.image_processor.size) == {"height": 128, "width": 128}
+    assert processor.tokenizer.decode([model.config.image_token_index]) == "<|image|>"
+    assert model.config.text_config._name_or_path == ""
+    words = model.model.language_model.embed_tokens.weight
+    own = tiny.train.load_weights("tiny_games").model
+    assert torch.equal(words, own.embed_tokens.weight)
+    assert model.lm_head.weight is words
+    parts = [{"type": "image"}, {"type": "text", "text": "hi"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]
+    shown = processor.apply_chat_template(messages, tokenize=False)
+    assert shown == "<|user|><|image|>hi<|assistant|>x<|end|>"
+
+
+def test_recognition(monkeypatch):
+    """The share of the hands whose cards are named in the first turn."""
+    monkeypatch.setattr(tiny.train, "play", lambda *_, **__: [won(1), won(-1), won(1), won(1)])
+    asked = []
+
+    def recognised(hand, text):
+        asked.append((hand, text))
+        return hand != 2
+
+    test = types.SimpleNamespace(reset=lambda seed: seed, recognised=recognised)
+    processor = types.SimpleNamespace(tokenizer=None)
+    model = torch.nn.Linear(1, 1)
+    assert tiny.train.recognition(model, processor, test) == 0.75
+    assert asked == [(seed, '{"cards": ["A"]}') for seed in range(4)]
+    assert model.training

@@ -2,23 +2,33 @@
 which file may import which."""
 
 import ast
-import importlib
+import importlib.util
+import itertools
+import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 import amft
 import fomaml
 import meta_lora
-from run import Run
+import plots
+from model import ModelError, World
+from run import Log, Run, checkpoint_reason, checkpoints, run_folder, save_checkpoint
+from sources import DataError
 from tests.helpers import (
     AMFT_RUN,
     ROOT,
@@ -342,3 +352,467 @@ def test_import_rule_sees_late_imports(tmp_path):
     imports = {name: imports_of(file, modules) for name, file in modules.items()}
     assert imports == {"a": {"b"}, "b": {"c"}, "c": set()}
     assert reached("a", imports) == {"b", "c"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Run folders and checkpoints
+
+
+def test_run_folders_are_numbered(tmp_path, process_group):
+    """A used one is never written over; resuming finds the first; what it holds of the start."""
+    place = str(tmp_path / "a" / "run")
+    settings = {"inner_lr": 0.1, "betas": (0.9, 0.99), "keep": 5}
+    names = [run_folder(place, settings, False, set(), 0).name for _ in range(3)]
+    assert names == ["run", "run-2", "run-3"]
+    assert run_folder(place, settings, True, set(), 0) == tmp_path / "a" / "run"
+    text = (tmp_path / "a" / "run-2" / "args.json").read_text()
+    assert text.startswith('{\n "args": {\n  "inner_lr"')  # for people too
+    record = json.loads(text)
+    assert record["args"] == {"inner_lr": 0.1, "betas": [0.9, 0.99], "keep": 5}
+    assert record["command"] == sys.argv
+    assert record["ranks"] == 1
+    assert record["versions"]["torch"] == torch.__version__
+    assert re.fullmatch("run-2-[0-9a-f]{8}", record["id"])
+    (tmp_path / "empty").mkdir()
+    assert run_folder(str(tmp_path / "empty"), settings, False, set(), 0).name == "empty"
+
+
+def test_settings_that_have_changed(tmp_path, process_group):
+    """All of them are named with their old values, but those that are free."""
+    place, old = str(tmp_path / "run"), {"inner_lr": 0.1, "steps": 4, "keep": 5, "shots": None}
+    folder = run_folder(place, old, False, set(), 0)
+    assert run_folder(place, old | {"keep": 9, "new": 1}, True, {"keep"}, 0) == folder
+    message = f"--resume: {folder} was started with --inner-lr 0.1, --shots None; give the same"
+    with pytest.raises(ModelError) as error:
+        run_folder(place, old | {"inner_lr": 0.2, "shots": 3, "keep": 9}, True, {"keep"}, 0)
+    assert str(error.value) == message
+    message = f"--resume: {folder} was started with --steps 4; give the same (the schedule is made"
+    with pytest.raises(ModelError) as error:
+        run_folder(place, old | {"steps": 5}, True, set(), 0)
+    assert str(error.value) == message + " for --steps)"
+
+
+def test_checkpoints_on_disk(tmp_path, process_group):
+    """The newest are kept, whole ones only are counted, the link names the last."""
+    link, written = tmp_path / "checkpoint", []
+
+    def write(folder: Path) -> None:
+        assert not list(folder.glob("*.txt")), "left from a cut write"
+        (folder / "value.txt").write_text(str(len(written)))
+        written.append(folder.name)
+
+    (tmp_path / "step-000010.tmp" / "state").mkdir(parents=True)
+    (tmp_path / "step-000010.tmp" / "old.txt").write_text("cut")
+    (tmp_path / "step-000001" / "state").mkdir(parents=True)  # without extra.json: not whole
+    for step in (2, 10, 3, 10):
+        save_checkpoint(link, write, {"step": step, "own": [1.5]}, keep=2)
+        assert link.is_symlink()
+        assert os.readlink(link) == f"step-{step:06d}"
+    assert written == [f"step-{step:06d}.tmp" for step in (2, 10, 3, 10)]
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000003", "step-000010"]
+    assert (link / "value.txt").read_text() == "3"
+    extra = json.loads((link / "state" / "extra.json").read_text())
+    assert extra == {"step": 10, "own": [1.5]}
+    assert not list(tmp_path.glob("*.tmp"))
+    assert (tmp_path / "step-000001").exists()
+
+
+def test_reasons_of_checkpoints():
+    assert checkpoint_reason(OSError("no room\nat all")) == "no room"
+    failures = {1: (ValueError("of rank 1"), None), 0: (ValueError("of rank 0"), None)}
+    assert checkpoint_reason(CheckpointException("wrapped", failures)) == "of rank 1"
+    assert "CheckpointException" in checkpoint_reason(CheckpointException("wrapped", {}))
+
+
+# --------------------------------------------------------------------------------------------------
+# The passive object
+
+run_module = importlib.import_module("run")  # beside the function of the helpers
+
+
+@dataclass
+class RunArgs:
+    output_dir: str
+    model: str = "tiny"
+    steps: int = 5
+    save_every: int = 2
+    keep: int = 2
+    eval_every: int = -1
+    resume: bool = False
+    wandb: bool = False
+    push_to_hub: str | None = None
+
+
+class Number:
+    """A checkpoint of one number."""
+
+    def __init__(self):
+        self.value, self.writes = 0, 0
+
+    def write(self, folder: Path) -> None:
+        (folder / "number.txt").write_text(str(self.value))
+        self.writes += 1
+
+    def read(self, folder: Path) -> None:
+        self.value = int((folder / "number.txt").read_text())
+
+
+@pytest.fixture
+def begun(tmp_path, process_group, monkeypatch):
+    """Starts runs: (run, its checkpoint). No pictures; after it signals are as they were."""
+    monkeypatch.setattr(plots, "figure", lambda folders, file: file.write_text(str(folders)))
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
+
+    def begin(own_state=None, steps=None, size=1, **changes) -> tuple[Run, Number]:
+        args = RunArgs(str(tmp_path / "r"), **changes)
+        world = World(torch.device("cpu"), size=size)
+        shows = {"loss": "loss", "tok_s": "tokens_per_second"}
+        run = Run(
+            "script", args, world, {"resume"},
+            title="title", shows=shows, advice="lower it", steps=steps,
+        )  # fmt: skip
+        number = Number()
+        run.start(number, "7 parameters", own_state)
+        return run, number
+
+    yield begin
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+def train(run: Run, number: Number, until: int = 99) -> None:
+    for step in run.steps():
+        if run.is_over(step) or step == until:
+            break
+        number.value += 10
+        run.log(step, {"loss": float(step)})
+
+
+def names_of(folder: Path) -> list[str]:
+    return [p.name for p in checkpoints(folder)]
+
+
+def test_a_run_from_its_start_to_its_end(begun, tmp_path, capsys):
+    """Five steps; checkpoints of every second one and of the last, of which two are kept."""
+    run, number = begun()
+    folder = tmp_path / "r"
+    assert capsys.readouterr().out == f"title: 7 parameters, 1 rank(s), run folder {folder}\n"
+    assert not (folder / "samples.jsonl").exists()
+    run.evaluation(0, {"task": {"loss": 2.0}}, ["said", "too"], {"loss": 2.0})
+    train(run, number)
+    run.evaluation(5, {"task": {"loss": 1.0}}, [], None, [{"step": 5, "text": "so"}])
+    assert names_of(folder) == ["step-000002", "step-000004"]
+    assert run.completed
+    assert run.finish(lambda first, last: f"{first} {last}", "curves.png", "; and more") == 0
+    rows = logged(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["loss"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["skipped_steps"] for row in rows] == [0] * 5
+    assert logged(folder, "evaluations.jsonl") == [
+        {"step": 0, "mean": {"loss": 2.0}, "tasks": {"task": {"loss": 2.0}}},
+        {"step": 5, "tasks": {"task": {"loss": 1.0}}},
+    ]
+    assert logged(folder, "samples.jsonl") == [{"step": 5, "text": "so"}]
+    assert names_of(folder) == ["step-000004", "step-000005"]
+    assert number.writes == 3
+    assert (folder / "checkpoint" / "number.txt").read_text() == "50"
+    card = (folder / "checkpoint" / "README.md").read_text()
+    assert "Step 5 of a run of `script.py`" in card
+    assert "peft" not in card
+    assert (folder / "curves.png").read_text() == str([folder])
+    model, picture = folder / "checkpoint", folder / "curves.png"
+    assert re.fullmatch(
+        re.escape("said\ntoo\n\n{'task': {'loss': 2.0}} {'task': {'loss': 1.0}}\n\n")
+        + r"\d+"
+        + re.escape(f" s; model: {model}; picture: {picture}; and more\n"),
+        capsys.readouterr().out,
+    )
+
+
+def test_a_run_goes_on(begun, tmp_path, capsys):
+    """At its newest checkpoint, with its own state; later rows are cut off; nothing is saved
+    twice."""
+    run, number = begun({"mu": 0.0})
+    for step in run.steps():
+        if step == 3:
+            break
+        run.finite(1.0 if step != 1 else math.nan)
+        run.own_state["mu"] = step / 2
+        number.value += 10
+        run.log(step, {"loss": float(step)})
+        run.evaluation(step, {"t": {}}, ())
+        if step == 1:
+            assert not checkpoints(tmp_path / "r"), "saved at a step that was skipped"
+    run.save()
+    run.save()
+    assert (number.writes, names_of(tmp_path / "r")) == (1, ["step-000003"])
+    run.log(3, {"loss": 3.0})
+    run.evaluation(4, {"t": {}}, ())
+    shutil.rmtree(tmp_path / "r" / "step-000004")
+    capsys.readouterr()
+    state = {"mu": 9.0}
+    run, number = begun(state, resume=True)
+    assert capsys.readouterr().out.endswith(f"run folder {tmp_path / 'r'}, resumed at step 3\n")
+    assert number.value == 30
+    assert state == {"mu": 1.0}
+    assert run.state == {"step": 3, "skipped": 1, "skipped_in_a_row": 0}
+    assert [row["step"] for row in logged(tmp_path / "r")] == [1, 2, 3]
+    assert sorted(run.evaluations) == [0, 1, 2]
+    assert run.bar.n == 3
+    assert run.bar.total == 5
+    run.save()
+    assert number.writes == 0
+    assert next(run.steps()) == 3
+    run, _ = begun(resume=True, steps=3)
+    assert list(run.steps()) == [3]
+    assert run.is_over(3)
+
+
+def test_a_run_that_is_asked_to_stop(begun, tmp_path, capsys):
+    """It ends with the step, is saved, and says how to go on; a second signal ends it at once."""
+    run, number = begun()
+    for step in run.steps():
+        number.value += 1
+        run.log(step, {"loss": 1.0})
+        if step == 0:
+            assert not run.stop.is_requested()
+            assert not run.stop_agreed()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert run.stop.is_requested()
+    assert number.value == 1
+    assert run.stopped
+    assert run.is_over(1)
+    assert not run.completed
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+    capsys.readouterr()
+    assert run.finish(lambda *_: "", "curves.png") == 0
+    assert capsys.readouterr().out == (
+        "stopped at step 1 and saved; to go on: the same command with --output-dir "
+        f"{tmp_path / 'r'} --resume\n"
+    )
+    assert names_of(tmp_path / "r") == ["step-000001"]
+    run, _ = begun(resume=True)
+    run.evaluation(1, None, ["not said"])  # it was broken off
+    assert run.stopped
+    assert list(run.steps()) == []
+    assert 1 not in run.evaluations
+
+
+def test_a_run_that_gives_up(begun, tmp_path, capsys):
+    """After five steps running that are not finite, not after four; the last good checkpoint is
+    from before."""
+    run, number = begun(steps=99)
+    for step in run.steps():
+        run.finite(1.0 if step in (0, 1, 6) else math.nan)
+        run.log(step, {"loss": 1.0})
+        assert bool(run.failed) == (step == 11)
+    assert step == 11
+    assert not run.completed
+    assert number.writes == 1  # step 7 is none of every second
+    capsys.readouterr()
+    assert run.finish(lambda *_: "", "curves.png") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "script.py: the loss or gradient was not finite in 5 steps running (to step 12): lower it. "
+        f"Last good checkpoint: {tmp_path / 'r' / 'step-000002'}"
+    )
+    assert number.writes == 1
+
+
+def test_speed_of_a_step(begun, tmp_path, monkeypatch):
+    """600 tokens of both ranks in two seconds; 4 FLOPs a token of 1,000 that each rank can do a
+    second; laps begin anew with each step and after an evaluation."""
+    run, _ = begun(size=2)
+    sent = []
+    run.log_files.wandb = types.SimpleNamespace(
+        log=lambda values, step: sent.append((step, values))
+    )
+    clock = itertools.chain([10.0, 11.0, 12.0, 13.0, 15.0, 20.0, 22.0, 23.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(run_module, "peak_flops", lambda _: 1e3)
+    monkeypatch.setattr(run_module, "peak_memory", lambda _: 3e9)
+    steps = run.steps()
+    assert next(steps) == 0  # at 10
+    run.log(0, {"loss": 1.0}, tokens=600, flops_per_token=4)  # at 11
+    assert next(steps) == 1  # at 12
+    assert run.lap() == 1
+    assert run.lap() == 2
+    run.evaluation(1, {"t": {"loss": 1.0}}, (), {"loss": 3.0})  # at 20
+    run.log(1, {"loss": 5.0}, tokens=600, flops_per_token=4)  # at 22
+    run.evaluation(2, {"t": {"loss": 4.0}}, ())
+    rows = [json.loads(s) for s in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    always = {"skipped_steps": 0, "peak_memory_gb": 3.0}
+    first = {"loss": 1.0, "tokens_per_second": 600, "mfu": 1.2, "step": 1, "seconds": 1}
+    second = {"loss": 5.0, "tokens_per_second": 300, "mfu": 0.6, "step": 2, "seconds": 2}
+    assert rows == [first | always, second | always]
+    assert sent == [
+        (1, first | always), (1, {"eval/loss": 3.0}), (2, second | always), (2, {"t/loss": 4.0}),
+    ]  # fmt: skip
+    assert run.latest == second | always
+    assert run.bar.n == 2
+    assert "loss=5.000, tok_s=300" in run.bar.postfix
+
+
+def test_numbers_beside_the_bar():
+    passive = types.SimpleNamespace(
+        latest={"a": 0.12345, "b": 99.9994, "c": 100, "d": -1234.6, "e": None, "f": -99.5}
+    )
+    shown = [Run._shown(passive, name) for name in "abcdefg"]
+    assert shown == ["0.123", "99.999", "100", "-1,235", "-", "-99.500", "-"]
+
+
+def test_warnings_are_said_once(capsys):
+    passive = types.SimpleNamespace(warned=set(), world=World(torch.device("cpu")))
+    for warnings in ({"a": "one"}, {"a": "one", "b": "two"}, {"b": "three"}):
+        Run.warn(passive, warnings)
+    assert capsys.readouterr().out == "warning: one\nwarning: two\n"
+
+
+def test_only_rank_0_writes_the_log(tmp_path, process_group):
+    (tmp_path / "evaluations.jsonl").write_text('{"step": 1, "tasks": {"t": 5}}\n{"step": 3}\n')
+    log = Log("script", {"wandb": False}, tmp_path, False, 2)
+    log.append("metrics.jsonl", {"step": 1})
+    assert [file.name for file in tmp_path.iterdir()] == ["evaluations.jsonl"]
+    assert log.evaluations == {1: {"t": 5}}
+    assert (tmp_path / "evaluations.jsonl").read_text().count("\n") == 2
+    log = Log("script", {"wandb": False}, tmp_path, True, 1)
+    assert (tmp_path / "evaluations.jsonl").read_text() == '{"step": 1, "tasks": {"t": 5}}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    log.send({"loss": 1.0}, 1)  # to nobody
+
+
+# --------------------------------------------------------------------------------------------------
+# The machine, and what is checked before anything expensive
+
+
+def test_memory_of_a_process(monkeypatch):
+    """Linux counts in kilobytes, macOS in bytes, a GPU by itself."""
+    usage = types.SimpleNamespace(ru_maxrss=5)
+    monkeypatch.setattr(run_module.resource, "getrusage", lambda _: usage)
+    for platform, size in (("linux", 5120), ("darwin", 5)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert run_module.peak_memory(torch.device("cpu")) == size
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    assert run_module.peak_memory(torch.device("cuda")) == 7
+
+
+def test_speed_of_gpus(monkeypatch):
+    """TFLOP/s in bf16 without sparsity, of the vendors' data sheets."""
+    assert run_module.peak_flops(torch.device("cpu")) is None
+    for name, tera in (
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 3090", 71), ("Another", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        speed = run_module.peak_flops(torch.device("cuda"))
+        assert speed == (None if tera is None else tera * 1e12), name
+
+
+def test_warnings_of_rates():
+    """At the limit too; none for an embedded model."""
+    args = types.SimpleNamespace(model="other", outer_lr=1e-3, inner_lr=0.0999, lr=5.0)
+    limits = {"outer_lr": 1e-3, "inner_lr": 0.1, "lr": 0.5}
+    text = (
+        "--{} is a rate for the embedded models: a real one wants less than {}, or its weights are "
+        "lost"
+    )
+    assert run_module.rate_warnings(args, limits) == {
+        "outer_lr": text.format("outer-lr 0.001", "0.001"),
+        "lr": text.format("lr 5", "0.5"),
+    }
+    args.model = "tiny_games"
+    assert run_module.rate_warnings(args, limits) == {}
+
+
+def test_what_is_said_of_the_ranks(capsys, process_group, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert run_module.check_ranks(World(torch.device("cpu"))) == []
+    versions, ranks = capsys.readouterr().out.splitlines()
+    assert f", torch {torch.__version__}, transformers " in versions
+    said = "1 rank(s), CPU with 3 thread(s); 1 replica(s) of 1 shard(s); all-reduce works"
+    assert ranks == said
+    # More ranks than there are processes: their sum is too small
+    world = World(torch.device("cpu"), size=6, replicas=2)
+    assert run_module.check_ranks(world) == ["the all-reduce gave a wrong sum"]
+    said = "6 rank(s), CPU with 3 thread(s); 2 replica(s) of 3 shard(s); all-reduce FAILED"
+    assert capsys.readouterr().out.splitlines()[1] == said
+
+
+def test_verdicts_of_a_dry_run(capsys, monkeypatch):
+    world = World(torch.device("cpu"))
+
+    def refuses(args, world):
+        raise DataError("no rows")
+
+    for of_ranks, examine, status, said in (
+        ([], lambda *_: [], 0, "ready\n"),
+        (["sum"], lambda *_: [], 1, "cannot finish: sum\n"),
+        (["sum"], lambda *_: ["a", "b"], 1, "sum\ncannot finish: a\ncannot finish: b\n"),
+        ([], refuses, 1, "cannot finish: no rows\n"),
+    ):
+        monkeypatch.setattr(run_module, "check_ranks", lambda _, found=of_ranks: list(found))
+        assert run_module.dry_run(None, world, examine) == status
+        assert capsys.readouterr().out.endswith(said)
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    """start() with what is asked of the machine written down; no group of processes."""
+    asked = []
+    world = World(torch.device("cpu"))
+    monkeypatch.setattr(run_module, "setup", lambda replicas: asked.append(replicas) or world)
+    monkeypatch.setattr(run_module, "dry_run", lambda *_: asked.append("dry run") or 7)
+    monkeypatch.setattr(run_module, "check_hub", lambda: asked.append("hub"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: asked.append(f"{seconds} s"))
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def start(rank=0, ranks=1, error=None, **changes) -> tuple:
+        settings = {"replicas": 2, "wandb": False, "push_to_hub": None, "dry_run": False}
+        if ranks > 1:
+            monkeypatch.setenv("LOCAL_RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", str(ranks))
+
+        def main(args, world):
+            asked.append("main")
+            if error:
+                raise error
+            return 3
+
+        asked.clear()
+        args = types.SimpleNamespace(**settings | changes)
+        status = run_module.start(
+            "x.py", args, lambda _, ranks: asked.append(f"{ranks} ranks"), None, main
+        )
+        return status, list(asked)
+
+    return start
+
+
+def test_how_a_script_starts(shell):
+    assert shell() == (3, ["1 ranks", 2, "main"])
+    assert shell(dry_run=True) == (7, ["1 ranks", 2, "dry run"])
+    assert shell(push_to_hub="me/mine") == (3, ["1 ranks", "hub", 2, "main"])
+    assert shell(rank=1, ranks=4, push_to_hub="me/mine") == (3, ["4 ranks", 2, "main"])
+
+
+def test_how_a_script_ends(shell, capsys, monkeypatch):
+    """One line and status 2 for wrong input, which rank 0 says first; 130 for Ctrl-C."""
+    for kind in (DataError, ModelError, OSError):
+        assert shell(error=kind("so")) == (2, ["1 ranks", 2, "main"])
+        assert capsys.readouterr().err == "x.py: so\n"
+    assert shell(error=KeyboardInterrupt())[0] == 130
+    assert capsys.readouterr().err == "x.py: interrupted, nothing new is saved\n"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert shell(wandb=True) == (2, ["1 ranks"])
+    assert capsys.readouterr().err == "x.py: --wandb needs the package: pip install wandb\n"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert shell(wandb=True)[0] == 3
+    assert shell(1, 2, DataError("so")) == (2, ["2 ranks", 2, "main", "5 s"])
+    assert capsys.readouterr().err == "x.py, rank 1: so\n"
+    assert shell(1, 2, KeyboardInterrupt())[0] == 130
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ZeroDivisionError):
+        shell(error=ZeroDivisionError())
