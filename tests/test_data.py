@@ -487,7 +487,8 @@ def test_prepared_folders_that_lack_something(tmp_path):
     ]  # fmt: skip
     read = load_tasks(str(folder))
     assert [t.name for t in read] == ["b", "of O"]
-    assert [len(rows) for t in read for rows in (t.support, t.query, t.test)] == [2] * 6
+    for t in read:
+        assert [len(rows) for rows in (t.support, t.query, t.test)] == [2] * 3
     assert data.validate(folder) == []
     (folder / "few_shot_eval" / "b_test.parquet").unlink()
     with pytest.raises(DataError) as error:
@@ -547,8 +548,6 @@ def test_places_of_a_meta_batch():
         places = [data.sample_episode(tasks, seed, step, place, 1, 1).task for place in range(3)]
         orders.add("".join(places))
     assert len(orders) > 2
-    again = {"".join(names[i] for i in range(k, k + 3)) for k in (0, 3)}
-    assert again <= {"abc", "acb", "bac", "bca", "cab", "cba"}
     shots = data.sample_episode(tasks, 1, 0, 0, 6, 1, shots=1).support
     assert len({e.id for e in shots}) == 1
     assert len(shots) == 6

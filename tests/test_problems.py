@@ -461,7 +461,9 @@ def test_rows_of_a_family():
             assert row["answer"] == "-5"
     assert sorted(found["train"] + found["test"]) == sorted(everything)
     assert sorted(found["post"] + found["final"]) == sorted(found["test"])
-    remainders = {part: {zlib.crc32(p.encode()) % 10 for p in found[part]} for part in found}
+    remainders = {}
+    for part, texts in found.items():
+        remainders[part] = {zlib.crc32(text.encode()) % 10 for text in texts}
     assert remainders == {part: set(PARTS[part]) for part in PARTS}
     assert (remainders["post"], remainders["final"]) == ({5}, {0})
 
@@ -661,7 +663,8 @@ def test_conditions_of_the_study():
         assert share_of_bare(parts[name]["train"]) == pytest.approx(share, abs=0.15), name
     for name in conditions.NAMES:
         assert share_of_bare(parts[name]["test"]) == 0, name
-        train, test = ({row["problem"] for row in parts[name][part]} for part in ("train", "test"))
+        train = {row["problem"] for row in parts[name]["train"]}
+        test = {row["problem"] for row in parts[name]["test"]}
         assert not train & test
         assert name == "C" or len(train) == sizes[name][0]
     assert (parts["A1"]["train"], parts["A1"]["test"]) == (post, final)
@@ -699,12 +702,22 @@ def test_files_of_the_conditions(tmp_path, capsys):
 # tiny/train.py: what the embedded models are made of
 
 
+class Sized:
+    """What a model asks of its tokenizer."""
+
+    eos_token_id, pad_token_id = 1, 0
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+
 def test_the_tiny_model():
     """1.2M parameters: five layers of four heads and 128 units, embeddings in steps of 64."""
     for length, rows in ((1000, 1024), (1024, 1024), (1025, 1088)):
-        tokenizer = type("Sized", (), {"__len__": lambda self, n=length: n})()
-        tokenizer.eos_token_id, tokenizer.pad_token_id = 1, 0
-        model = tiny.train.tiny_llama(tokenizer)
+        model = tiny.train.tiny_llama(Sized(length))
         layer = 4 * 128 * 128 + 3 * 128 * 384 + 2 * 128
         parameters = rows * 128 + 5 * layer + 128
         assert sum(p.numel() for p in model.parameters()) == parameters
@@ -749,7 +762,9 @@ def test_texts_of_the_tokenizer():
     texts = tiny.train.tokenizer_texts(examples)
     assert texts[:6] == ["p0", "r0", "p8", "r8", "p16", "r16"]
     assert len(texts) == 6 + 10 * 100 * 2 + 100 * 2 * 10 + 3 * 50
-    rows = [row["problem"] for rule in range(10) for row in cipher_rows(rule)]
+    rows = []
+    for rule in range(10):
+        rows += [row["problem"] for row in cipher_rows(rule)]
     assert texts[6:2006:2] == rows
     assert texts.count(r"$3 \circ 7$") == 10
     assert texts[-150:] == tiny.train.GAME_TEXTS * 50
@@ -916,7 +931,8 @@ def test_batches_of_the_games():
     cards = texts(1, 0.0)
     assert len(cards) == 32
     for prompt, response in cards:
-        assert prompt.startswith('<|user|>["') and prompt.endswith(": 24<|assistant|>")
+        assert prompt.startswith('<|user|>["')
+        assert prompt.endswith(": 24<|assistant|>")
         assert response.endswith("<|end|>")
         assert list(json.loads(response.removesuffix("<|end|>"))) == ["cards", "number", "formula"]
     assert len({prompt for prompt, _ in cards}) > 28

@@ -26,8 +26,17 @@ import amft
 import fomaml
 import meta_lora
 import plots
-from model import ModelError, World
-from run import Log, Run, checkpoint_reason, checkpoints, run_folder, save_checkpoint
+from model import ModelError, World, load_config
+from policy import Policy
+from run import (
+    Log,
+    ModelCheckpoint,
+    Run,
+    checkpoint_reason,
+    checkpoints,
+    run_folder,
+    save_checkpoint,
+)
 from sources import DataError
 from tests.helpers import (
     AMFT_RUN,
@@ -39,7 +48,9 @@ from tests.helpers import (
     run,
     run_here,
     run_well,
+    small_llama,
     wait_for_lines,
+    weights_of,
 )
 
 evaluation = importlib.import_module("eval")  # not the built-in function
@@ -424,6 +435,40 @@ def test_reasons_of_checkpoints():
     assert "CheckpointException" in checkpoint_reason(CheckpointException("wrapped", {}))
 
 
+def test_checkpoint_of_a_model(tmp_path, process_group):
+    """Weights for others, of the part that is a language model; with the optimizer they come back
+    as they were."""
+    from transformers import AutoModelForCausalLM
+
+    _, tokenizer = load_config("tiny")
+    found = []
+    for factor in (1.0, 2.0):
+        policy = Policy(small_llama(torch.float32), True)
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.mul_(factor)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1 * factor)
+        for p in policy.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        checkpoint = ModelCheckpoint(policy, tokenizer, optimizer, policy.lm)
+        if factor == 1:
+            checkpoint.write(tmp_path)
+        else:
+            checkpoint.read(tmp_path)
+        moments = [optimizer.state[p]["exp_avg_sq"].clone() for p in policy.parameters()]
+        found.append((weights_of(policy), moments, optimizer.param_groups[0]["lr"]))
+    assert_same_weights(found[1][0], found[0][0])
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(a, b)
+    assert found[1][2] == 0.1
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert saved.dtype == torch.float32
+    for name, p in saved.named_parameters():
+        assert torch.equal(p, found[0][0][f"lm.{name}"]), name
+    assert not [name for name in saved.state_dict() if "value" in name]
+
+
 # --------------------------------------------------------------------------------------------------
 # The passive object
 
@@ -598,6 +643,14 @@ def test_a_run_that_is_asked_to_stop(begun, tmp_path, capsys):
     assert run.stopped
     assert list(run.steps()) == []
     assert 1 not in run.evaluations
+
+
+def test_a_run_that_is_stopped_before_its_first_step(begun, tmp_path):
+    run, number = begun()
+    run.stop.requested = True
+    assert list(run.steps()) == []
+    assert run.finish(lambda *_: "", "curves.png") == 0
+    assert names_of(tmp_path / "r") == ["step-000000"]
 
 
 def test_a_run_that_gives_up(begun, tmp_path, capsys):
