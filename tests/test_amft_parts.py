@@ -820,7 +820,7 @@ def test_optimizer():
             assert group["betas"] == (0.8, 0.7)
             assert group["weight_decay"] == 0.3
             assert group["fused"]
-        assert len(groups) == 1 + value_head
+        assert len(groups) == (2 if value_head else 1)
         first = {id(p) for p in groups[0]["params"]}
         assert first == {id(p) for p in policy.lm.parameters()}
         if value_head:
@@ -907,8 +907,8 @@ def test_when_a_step_depends_on_mu():
     assert depends(2.0, 0.0, 9.0, 1.0, "adam")
     # sin^2 of the angle 2e-10 or 0.5e-10, of vectors long and short
     for norm, size in ((2.0, 3.0), (200.0, 0.03)):
-        for part, expected in ((2e-10, True), (0.5e-10, False)):
-            product = norm * size * math.sqrt(1 - part)
+        for sine_squared, expected in ((2e-10, True), (0.5e-10, False)):
+            product = norm * size * math.sqrt(1 - sine_squared)
             assert depends(norm, product, size**2, 0.1, "adam") == expected
 
 
