@@ -92,7 +92,7 @@ from model import (
     trained_parameters,
     turn_off_dropout,
 )
-from policy import Policy, stack_inputs
+from policy import Policy, sample, stack_inputs
 from run import (
     ModelCheckpoint,
     Needs,
@@ -100,6 +100,7 @@ from run import (
     check_space,
     start,
 )
+from vllm_sampler import VllmSampler, check_flags, engine_bytes, engine_metrics, truncated_weights
 
 
 @dataclass
@@ -225,6 +226,12 @@ class Args:
     """Optimizer steps per pass (LUFFY's configuration: 2)."""
     mask_truncated: bool = False
     """Leave responses that were cut at --max-new-tokens out of the loss."""
+    sampler: Literal["own", "vllm"] = "own"
+    """own: policy.py's; vllm: an engine of vLLM in each process, which gets the new weights before
+    it draws (pip install vllm)."""
+    is_cap: float | None = None
+    """vllm: C of the truncated importance weights min(pi / pi_engine, C) of its samples' tokens. 0:
+    none, and pi_old is the engine's. Default: 2."""
 
     # The controller of mu
     mu_init: float = 0.5
@@ -329,6 +336,10 @@ class Args:
     """FSDP2's offload: parameters and optimizer in CPU memory, streamed to the GPU."""
     compile: bool = False
     """torch.compile each transformer block."""
+    vllm_eager: bool = False
+    """vllm: neither compile nor CUDA graphs: a quicker start, slower sampling."""
+    vllm_sleep: bool = False
+    """vllm: its weights and cache leave the GPU while the policy is trained."""
     trust_remote_code: bool = False
     """Let a hub model run its own code."""
 
@@ -337,7 +348,8 @@ class Args:
 FREE = {
     "resume", "output_dir", "wandb", "push_to_hub", "save_every", "keep", "eval_every", "show",
     "replicas", "micro_batch", "generation_batch", "activation_checkpointing", "cpu_offload",
-    "compile", "dry_run", "merge", "steps",  # the learning rate is constant
+    "compile", "dry_run", "merge", "vllm_eager", "vllm_sleep",
+    "steps",  # the learning rate is constant
 }  # fmt: skip
 
 
@@ -359,6 +371,8 @@ def with_defaults(args: Args) -> Args:
         defaults |= {"lr": 1e-4, "warmup_lr": 1e-3, "warmup_steps": 20, "warmup_batch": 32}
     args = _filled(args, defaults)
     of_these = {"warmup_batch": args.prompts_per_step, "validation_prompts": args.prompts_per_step}
+    if args.sampler == "vllm":
+        of_these["is_cap"] = 2.0
     if args.method == "chord":
         of_these["chord_steps"] = max(1, args.steps - args.warmup_steps - args.chord_warmup)
     return _filled(args, of_these | {"warmup_lr": args.lr, "clip_ratio_high": args.clip_ratio})
@@ -385,6 +399,7 @@ class Tokens(NamedTuple):
     weight: torch.Tensor  # [B, 1] of each token in the mean
     demonstration: torch.Tensor  # [B, 1]
     right: torch.Tensor  # [B, 1] whether its reward is above 0
+    importance: torch.Tensor | float = 1.0  # of a token that another engine has drawn
 
 
 def ppo_loss(t: Tokens, args: Args) -> torch.Tensor:
@@ -466,6 +481,7 @@ class Row:
     right: bool = False  # whether its reward is above 0
     reward_to_go: float = 0.0  # of this turn and, discounted, of the turns after it
     value_targets: list[float] = field(default_factory=list)  # one a token, for the value head
+    importance: list[float] = field(default_factory=list)  # one a token; see PolicyLearner.correct
 
     @property
     def length(self) -> int:
@@ -691,8 +707,8 @@ def tokens_of(rows: list[Row]) -> int:
 def collate_rows(rows: list[Row], pad_id: int, device: torch.device) -> dict:
     """A batch, padded on the right to a multiple of 32 tokens.
 
-    ids [B, T]; mask, old, advantages, value_targets [B, T-1]: the token at position t is predicted
-    at t - 1; weight, demonstration, right [B, 1]; inputs: what comes of pictures.
+    ids [B, T]; mask, old, advantages, value_targets, importance [B, T-1]: the token at position t
+    is predicted at t - 1; weight, demonstration, right [B, 1]; inputs: what comes of pictures.
     """
     length = -(-max(row.length for row in rows) // 32) * 32
     shape = len(rows), length - 1
@@ -700,6 +716,8 @@ def collate_rows(rows: list[Row], pad_id: int, device: torch.device) -> dict:
     batch["mask"] = torch.zeros(shape, dtype=torch.bool)
     for name in ("old", "advantages", "value_targets"):
         batch[name] = torch.zeros(shape)
+    if any(row.importance for row in rows):
+        batch["importance"] = torch.ones(shape)
     for i, row in enumerate(rows):
         batch["ids"][i, : row.length] = torch.tensor(row.turn.prompt + row.turn.ids)
         at = slice(len(row.turn.prompt) - 1, row.length - 1)
@@ -708,6 +726,8 @@ def collate_rows(rows: list[Row], pad_id: int, device: torch.device) -> dict:
         batch["advantages"][i, at] = torch.tensor(row.advantages)
         if row.value_targets:
             batch["value_targets"][i, at] = torch.tensor(row.value_targets)
+        if row.importance:
+            batch["importance"][i, at] = torch.tensor(row.importance)
     for name in ("weight", "demonstration", "right"):
         batch[name] = torch.tensor([[getattr(row, name)] for row in rows])
     pictures = [(row.turn.inputs, len(row.turn.prompt)) for row in rows]
@@ -836,7 +856,8 @@ class PolicyLearner:
                     t = self.forward(batch, entropy_gradient)
                     loss = 0.0
                     for name, (loss_of, factor) in work.losses.items():
-                        mean = (loss_of(t, self.args) * (t.weight * t.mask)).sum()
+                        weight = t.weight * t.importance * t.mask
+                        mean = (loss_of(t, self.args) * weight).sum()
                         loss = loss + factor * mean
                         sums[name] = sums.get(name, 0.0) + mean.item()
                 if learns:
@@ -862,7 +883,7 @@ class PolicyLearner:
     def measure(self, t: Tokens, work: Pass, sums: dict[str, float]) -> None:
         """Adds what the log shows of the samples: entropy, ratios, value loss."""
         if "auxiliary" in work.losses and t.values is not None:
-            sums["value"] += (value_loss(t) * (t.weight * t.mask)).sum().item()
+            sums["value"] += (value_loss(t) * (t.weight * t.importance * t.mask)).sum().item()
         if "rl" not in work.losses:
             return
         own = t.mask & ~t.demonstration & (t.weight > 0)
@@ -886,6 +907,28 @@ class PolicyLearner:
             sums = [sums[0] + t.entropy[real].sum().item(), sums[1] + real.sum().item()]
         entropy, count = self.world.sum(*sums)
         return entropy / max(count, 1)
+
+    @torch.no_grad()
+    def correct(self, rows: list[Row]) -> dict[str, float]:
+        """Samples of another engine: pi_old becomes the policy's own, and each token gets its
+        truncated importance weight min(pi_old / pi_engine, C). Collective.
+
+        Before the step that learns from them. Returns what the log shows of the two.
+        """
+        if self.args.sampler == "own" or not self.args.is_cap:
+            return {}
+        size, of_tokens = self.args.micro_batch, []
+        rows = sorted((r for r in rows if not r.demonstration), key=lambda row: row.length)
+        for k, batch in enumerate(self.batches(rows)):
+            t = self.forward(batch)
+            of_batch = rows[k * size : (k + 1) * size]
+            for row, logprobs, mask in zip(of_batch, t.logprobs, t.mask, strict=False):
+                logprobs, engine = logprobs[mask].tolist(), row.turn.old_logprobs
+                differences = [a - b for a, b in zip(logprobs, engine, strict=True)]
+                row.importance = truncated_weights(differences, self.args.is_cap)
+                row.turn = row.turn._replace(old_logprobs=logprobs)
+                of_tokens += differences
+        return engine_metrics(of_tokens, self.args.is_cap, self.world)
 
     @torch.no_grad()
     def estimate_advantages(self, rows: list[Row]) -> None:
@@ -1021,6 +1064,7 @@ class PolicyLearner:
                 for trajectory, a in zip(group, advantages, strict=True):
                     if a:
                         rows += [Row(t, [a] * len(t.ids), 1 / count) for t in trajectory.turns]
+            self.correct(rows)
             gradient = self.zeros()
             self.backward(Pass(rows, {"utility": (utility_loss, 1.0)}, [(gradient, 1.0)]))
             self.sum_over_ranks(gradient)
@@ -1258,6 +1302,7 @@ NUMBERS = {
     "[-1, 1e9]": ("eval_every",),
     "(0, 100]": ("lr", "warmup_lr", "value_lr"),
     "(0, inf)": ("clip", "clip_ratio", "clip_ratio_high", "luffy_gamma"),
+    "[0, 1e6]": ("is_cap",),
     "[0, 1000]": (
         "entropy_coefficient", "value_coefficient", "hpt_sft", "eta_mu", "eta_entropy",
     ),
@@ -1341,6 +1386,7 @@ def check(args: Args, ranks: int) -> None:
     if args.merge and not args.lora_r:
         raise DataError("--merge is for adapters: give --lora-r")
     check_ignored(args)
+    check_flags(args)
     if method.rl_loss is not ppo_loss and args.advantage != "grpo":
         raise DataError(
             f"--method {args.method} has advantages of its own: leave --advantage at grpo"
@@ -1479,6 +1525,12 @@ def needs(args: Args, config, world: World, longest: int) -> Needs:
         host["weights while loading"] = (width if args.lora_r else 4) * n
     rows = min(args.generation_batch, args.prompts_per_step * args.samples // world.size)
     at_once = args.micro_batch * longest
+    sampling = {"cache of rollouts": cache_bytes(config, rows * longest, width)}
+    if args.sampler == "vllm":
+        sizes = args.generation_batch, longest, args.max_length + args.max_new_tokens
+        sampling = {"vLLM": width * n, "its cache": engine_bytes(config, *sizes, width)}
+        if not args.vllm_sleep:
+            device, sampling = device | sampling, {}
     return Needs(
         device,
         host,
@@ -1490,7 +1542,7 @@ def needs(args: Args, config, world: World, longest: int) -> Needs:
         },
         evaluation={
             "gathered weights": width * n if cuda or world.shards > 1 else 0,
-            "cache of rollouts": cache_bytes(config, rows * longest, width),
+            **sampling,
         },
         disk=3 * shard if args.lora_r else (12 + width) * n,
     )
@@ -1549,6 +1601,25 @@ def build(args: Args, config, world: World) -> Policy:
         )
         policy.adapters.train_phi()
     return policy.train()
+
+
+def vllm_engine(args: Args, config, policy: Policy, optimizer, longest: int) -> VllmSampler:
+    """This rank's; it gets new weights after each of the optimizer's steps."""
+    engine = VllmSampler(
+        args.model,
+        config,
+        dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        sequences=args.generation_batch,
+        longest=longest,
+        max_length=args.max_length + args.max_new_tokens,
+        eager=args.vllm_eager,
+        sleeps=args.vllm_sleep,
+        adapters=policy.adapters,
+        trust_remote_code=args.trust_remote_code,
+    )
+    policy.register_forward_pre_hook(engine.rest)  # sampling is by policy.lm
+    optimizer.register_step_post_hook(engine.weights_changed)
+    return engine
 
 
 def adamw(args: Args, policy: Policy) -> torch.optim.AdamW:
@@ -1639,7 +1710,7 @@ def target_entropy(args: Args, actor: Actor, learner: PolicyLearner, validation)
 
 
 def main(args: Args, world: World) -> int:
-    readers, games, _ = prepare(args, world)
+    readers, games, longest = prepare(args, world)
     config, tokenizer, processor = readers
     train, shown, validation, tests = games
     run = Run(  # folder, log, progress bar, Ctrl-C, checkpoints
@@ -1663,6 +1734,10 @@ def main(args: Args, world: World) -> int:
         checkpoint = AdapterCheckpoint(policy.adapters, optimizer, resolve(args.model), beside)
     else:
         checkpoint = ModelCheckpoint(policy, processor or tokenizer, optimizer, policy.lm)
+    engine, sampler = None, sample
+    if args.sampler == "vllm":
+        engine = vllm_engine(args, config, policy, optimizer, longest)
+        sampler = engine.sample
     size = sum(p.numel() for p in learner.params)
     run.start(checkpoint, f"{size / 1e6:.1f}M parameters", controller.state)
     actor = Actor(
@@ -1675,6 +1750,7 @@ def main(args: Args, world: World) -> int:
         max_new_tokens=args.max_new_tokens,
         batch_size=args.generation_batch,
         stop=run.stop,
+        sampler=sampler,
     )
     own_samples = args.samples - (1 if method.demonstrations == "replaces_sample" else 0)
 
@@ -1711,6 +1787,7 @@ def main(args: Args, world: World) -> int:
             sft = []
         if args.advantage == "gae" and groups:
             learner.estimate_advantages(rl)
+        of_engine = learner.correct(rl) if groups else {}
 
         # (d) theta <- clipped AdamW(theta, G): before (c), which differentiates this very step
         since = step - args.warmup_steps if method.fresh_optimizer and not warming else step
@@ -1720,7 +1797,7 @@ def main(args: Args, world: World) -> int:
         result = learner.train_on(mu, sft, rl, schedule, with_D=controller.gradient_due(step))
         controller.state["optimizer_steps"] += result.steps
         seconds["train"] = run.lap()
-        metrics = loss_metrics(args, result.sums, mu)
+        metrics = loss_metrics(args, result.sums, mu) | of_engine
         metrics |= {"grad_norm": result.norm, "lr": args.lr * schedule}
         if groups:
             metrics |= rollout_metrics(groups, world)
@@ -1763,7 +1840,10 @@ def main(args: Args, world: World) -> int:
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         readers = processor or tokenizer
         write_merged(run.folder / "merged", policy.lm, policy.adapters, readers, dtype)
-    return run.finish(tests_table, "dynamics.png", f"; responses: {run.folder / 'samples.jsonl'}")
+    status = run.finish(tests_table, "dynamics.png", f"; responses: {run.folder / 'samples.jsonl'}")
+    if engine is not None:
+        engine.close()
+    return status
 
 
 def cli() -> int:

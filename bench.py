@@ -1,10 +1,11 @@
 """Side by side with what people would use instead, and with the floor: ratios to be repeated.
 
     pip install -r bench-requirements.txt    # the peers; what is not installed is left out
-    python bench.py                          # everything but scaling
+    python bench.py                          # everything but scaling and decode
     python bench.py fomaml rollout --model DIR --repeats 9
     python bench.py checker --cases FILE     # rows {"response", "gold"}
     python bench.py scaling                  # over T, K, length, size; a figure; large models
+    python bench.py decode --model DIR       # our sampler, generate and vLLM at batch 1, 8, 32
 
 Ours and the peer are two processes, each warmed up, that take turns one step at a time, so that
 both see the same neighbours on a shared machine. Memory is a process's peak over what it held with
@@ -40,14 +41,14 @@ from data import Encoded, Episode, Example, check_numbers, collate
 from model import World, gathered, load_config, load_weights, set_gradients, token_loss
 
 HERE = Path(__file__).resolve().parent
-BENCHES = ("fomaml", "meta_lora", "rollout", "amft", "checker", "startup", "scaling")
+BENCHES = ("fomaml", "meta_lora", "rollout", "amft", "checker", "startup", "scaling", "decode")
 
 
 @dataclass
 class Args:
     """Time ours beside its peers."""
 
-    names: tyro.conf.Positional[tuple[Literal[BENCHES], ...]] = BENCHES[:-1]
+    names: tyro.conf.Positional[tuple[Literal[BENCHES], ...]] = BENCHES[:-2]
     """What to time."""
     model: str = "tiny"
     """tiny, a folder, or a hub name."""
@@ -417,6 +418,64 @@ def rollout_generate(name: str, device: str) -> Callable[[], None]:
     return step
 
 
+DECODED = (1, 8, 32)  # sequences at once
+
+
+def decode_step(name: str, count: int, decode: Callable[[list], object]) -> Callable[[], None]:
+    """`count` prompts of 64 tokens, others at every step, for `decode`, which is warmed up."""
+    _, tokenizer = load_config(name)
+    rng = random.Random(0)
+    decode([[20]])
+
+    def step() -> None:
+        prompts = []
+        for _ in range(count):
+            prompts.append([rng.randrange(20, min(400, len(tokenizer))) for _ in range(64)])
+        decode(prompts)
+
+    return step
+
+
+def decode_ours(name: str, device: str, count: int) -> Callable[[], None]:
+    """64 new tokens for each prompt; nothing ends a response."""
+    _, tokenizer = load_config(name)
+    model = loaded(name, device).eval()
+    how = {"max_new_tokens": 64, "stop": frozenset([-1])}
+    return decode_step(name, count, partial(policy.sample, model, tokenizer, **how))
+
+
+def decode_generate(name: str, device: str, count: int) -> Callable[[], None]:
+    model = loaded(name, device).eval()
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+    def decode(prompts: list[list[int]]) -> None:
+        ids = torch.tensor(prompts, device=torch.device(device))
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            model.generate(ids, attention_mask=mask, min_new_tokens=64, max_new_tokens=64, **how)
+
+    return decode_step(name, count, decode)
+
+
+def decode_vllm(name: str, device: str, count: int) -> Callable[[], None]:
+    """vLLM as --sampler vllm runs it: eager on a CPU, compiled with CUDA graphs on a GPU."""
+    from vllm_sampler import VllmSampler
+
+    config, tokenizer = load_config(name)
+    model = loaded(name, device).eval()
+    engine = VllmSampler(
+        name,
+        config,
+        dtype=torch.float32,
+        sequences=count,
+        longest=128,
+        max_length=128,
+        eager=device == "cpu",
+    )
+    how = {"max_new_tokens": 64, "stop": frozenset([-1])}
+    return decode_step(name, count, partial(engine.sample, model, tokenizer, **how))
+
+
 PROMPTS, SAMPLES, PROMPT_LENGTH, NEW_TOKENS = 8, 8, 40, 64  # of a GRPO step
 
 
@@ -607,11 +666,11 @@ class Worker:
 
 
 def version(package: str) -> str | None:
-    """None for a package that is not installed."""
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """None for a package that is not installed. vLLM's build for a CPU has a name of its own."""
+    for name in (package, f"{package}-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{name} {importlib.metadata.version(name)}"
+    return None
 
 
 def compare(pair: Pair, args: Args) -> dict:
@@ -690,6 +749,32 @@ def bench_controller(args: Args) -> list[str]:
         f"| | **{statistics.median(ratios):.3f}** ({min(ratios):.3f} to {max(ratios):.3f}) "
         "| 1.10 | |"
     ]
+
+
+def bench_decode(args: Args) -> list[str]:
+    """Tokens/s of new ones: our sampler, the library's generate and vLLM, who take turns."""
+    sides = ["ours", "generate"]
+    vllm = version("vllm") or "vllm: not installed"
+    if version("vllm"):
+        sides.append("vllm")
+    lines = [
+        "",
+        f"| sequences of 64 + 64 tokens, fp32 | ours | generate | {vllm} |",
+        "|---|---|---|---|",
+    ]
+    for count in DECODED:
+        workers = [Worker(f"decode_{side}:{count}", args) for side in sides]
+        seconds = []
+        for _ in range(args.warmup + args.repeats):
+            seconds.append([worker.go() for worker in workers])
+        for worker in workers:
+            worker.finish()
+        row = f"| {count} "
+        for times in zip(*seconds[args.warmup :], strict=True):
+            speeds = sorted(64 * count / t for t in times)
+            row += f"| {statistics.median(speeds):.1f} ({speeds[0]:.1f} to {speeds[-1]:.1f}) "
+        lines.append(row + "|")
+    return lines
 
 
 def bench_checker(args: Args) -> list[str]:
@@ -943,6 +1028,7 @@ NOT_PAIRS = {
     "checker": bench_checker,
     "startup": bench_startup,
     "scaling": bench_scaling,
+    "decode": bench_decode,
 }
 HEAD = (
     "| work | ours | peer | peer / ours (range) | target "

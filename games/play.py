@@ -63,13 +63,14 @@ def play(
     progress: str | None = None,
     processor=None,
     interrupted: Callable[[], bool] = never,
+    sampler: Callable[..., list[Sample]] = sample,
 ) -> list[list[Trajectory]]:
     """`samples` episodes for each seed. All that are not over advance together, in one call of the
     sampler a turn.
 
     key names the random streams: one for each (key, seed, sample, turn), so that the split over
     ranks does not change them. interrupted: asked on the way; once it says so, the trajectories
-    are cut short. Under FSDP2 call it within gathered(model).
+    are cut short. sampler: see Actor. Under FSDP2 call it within gathered(model).
     """
     places = itertools.product(seeds, range(samples))
     players = [_Player(seed, number, game.reset(seed)) for seed, number in places]
@@ -81,7 +82,7 @@ def play(
         names = [f"{key}/{p.seed}/{p.number}/{turn}" for p in active]
         streams = [random.Random(name).getrandbits(62) for name in names]
         if processor is None:
-            responses = sample(
+            responses = sampler(
                 model,
                 tokenizer,
                 [prompt.ids for prompt in prompts],
@@ -148,15 +149,27 @@ class Actor:
     """A policy with what it needs to play: one for each rank of a run.
 
     policy: the sharded model, of which lm is the language model (or the same). stop: see run.Stop.
+    sampler: policy.sample or what has its arguments; for text.
     """
 
     def __init__(
-        self, policy, lm, tokenizer, processor, world, *, seed, max_new_tokens, batch_size, stop
+        self,
+        policy,
+        lm,
+        tokenizer,
+        processor,
+        world,
+        *,
+        seed,
+        max_new_tokens,
+        batch_size,
+        stop,
+        sampler=sample,
     ):
         self.policy, self.lm, self.world = policy, lm, world
         self.tokenizer, self.processor = tokenizer, processor
         self.seed, self.max_new_tokens, self.batch_size = seed, max_new_tokens, batch_size
-        self.stop = stop
+        self.stop, self.sampler = stop, sampler
 
     def play(self, game, seeds, samples: int, key: str, temperature: float = 1.0, to_the_end=False):
         """Groups of trajectories, one a seed, while the policy is gathered; see play.
@@ -177,6 +190,7 @@ class Actor:
             "rollout" if long else None,
             self.processor,
             never if to_the_end else self.stop.is_requested,
+            self.sampler,
         )
 
     def rollout(self, game, seeds, samples: int, key, to_the_end=False) -> list[list[Trajectory]]:

@@ -51,13 +51,13 @@ BY_TASK = dict.fromkeys(
     )
 )  # fmt: skip
 NOT_GIVEN = dict.fromkeys(
-    ("sft_data", "suffix", "reward", "routes", "test_routes", "push_to_hub"),
+    ("sft_data", "suffix", "reward", "routes", "test_routes", "push_to_hub", "is_cap"),
 )
 OFF = dict.fromkeys(
     (
         "vision", "full_prompts", "mask_truncated", "no_meta_gradient", "no_entropy_term", "merge",
         "resume", "dry_run", "wandb", "activation_checkpointing", "cpu_offload", "compile",
-        "trust_remote_code",
+        "trust_remote_code", "vllm_eager", "vllm_sleep",
     ),
     False,
 )  # fmt: skip
@@ -66,7 +66,7 @@ SETTINGS = {
     "task": "math", "data": "embedded", "subjects": (), "levels": (), "validation_size": 64,
     "rule": "10", "suits": "black", "actions": "absolute", "max_length": 2048,
     "output_dir": "runs/amft", "seed": 42, "method": "amft", "lr_warmup": 5,
-    "betas": (0.9, 0.999), "weight_decay": 0.0, "clip": 1.0, "max_new_tokens": 96,
+    "betas": (0.9, 0.999), "weight_decay": 0.0, "clip": 1.0, "max_new_tokens": 96, "sampler": "own",
     "advantage": "grpo", "clip_ratio": 0.2, "dynamic_sampling": 0, "loss_aggregation": "token",
     "entropy_coefficient": 0.0, "value_coefficient": 0.1, "value_lr": 1e-3, "gae_lambda": 0.95,
     "turn_gamma": 1.0, "epochs": 1, "minibatches": 1, "mu_init": 0.5, "mu_min": 0.05,
@@ -97,6 +97,7 @@ def test_choices():
         "suits": "black red",
         "actions": "absolute relative",
         "method": "amft sft rl sft_then_rl fixed chord luffy srft hpt gac",
+        "sampler": "own vllm",
         "advantage": "grpo mean gae",
         "loss_aggregation": "token sequence",
         "meta_preconditioner": "adam none",
@@ -166,7 +167,7 @@ def test_what_may_differ_on_resume():
     assert set(amft.FREE) == {
         "resume", "output_dir", "wandb", "push_to_hub", "save_every", "keep", "eval_every", "show",
         "replicas", "micro_batch", "generation_batch", "activation_checkpointing", "cpu_offload",
-        "compile", "dry_run", "merge", "steps",
+        "compile", "dry_run", "merge", "steps", "vllm_eager", "vllm_sleep",
     }  # fmt: skip
 
 

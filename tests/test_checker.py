@@ -538,7 +538,7 @@ def test_where_answers_are_sought():
         ("\\boxed{1} the answer is " + "9" * 60, "1"),
         ("\\boxed{1} the answer is x", "1"),
         ("\\boxed{1} the answer is (C)", "(C)"),
-        ("so 5 before \\boxed{6", "5"),
+        ("I get 5. Now \\boxed{6", "5"),
         ("<answer>1</answer> <answer> 2 </answer>", "2"),
         ("<answer>It is 3 apples then</answer>", "3"),
         ('{"answer": "a\\"b"} {"final_answer": [1, 2]}', "[1, 2]"),
@@ -739,6 +739,12 @@ TREES = {
     r"\prod_{k=1}^3 2": ("prod", "k", ONE, THREE, TWO),
     r"\int_1^2 x\,dx": ("int", "x", ONE, TWO, X),
     r"\begin{pmatrix}1&2\\3&x\end{pmatrix}": ("matrix", (ONE, TWO), (THREE, X)),
+    r"\begin{aligned}x&=1\\y&=2\end{aligned}": (
+        "list", ("rel", ("=",), X, ONE), ("rel", ("=",), Y, TWO),
+    ),
+    r"\begin{gathered}x=1\\ \end{gathered}+1": (
+        "add", ("rel", ("=",), X, ONE), ONE,
+    ),
     r"\begin{vmatrix}1&2\\3&x\end{vmatrix}": ("fun", "det", ("matrix", (ONE, TWO), (THREE, X))),
     r"\begin{cases}1&x>2\\x&\text{else}\end{cases}": (
         "cases", (ONE, ("rel", ("<",), TWO, X)), (X, ("text", "else")),

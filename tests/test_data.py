@@ -490,6 +490,10 @@ def test_prepared_folders_that_lack_something(tmp_path):
     for t in read:
         assert [len(rows) for rows in (t.support, t.query, t.test)] == [2] * 3
     assert data.validate(folder) == []
+    first, second = (data.replace(tasks[0].support[0], subject=name) for name in ("S!", "S?"))
+    two = Task("S!", [first, second], [first], tasks[0].test)
+    data.write_prepared([two], tmp_path / "two")
+    assert [t.name for t in load_tasks(str(tmp_path / "two"))] == ["s_"]
     (folder / "few_shot_eval" / "b_test.parquet").unlink()
     with pytest.raises(DataError) as error:
         load_tasks(str(folder))
