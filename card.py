@@ -59,9 +59,15 @@ def evaluation_table(file: Path, step: int) -> list[str]:
         for name, value in numbers.items():
             if isinstance(value, int | float):
                 before = first.get(task, {}).get(name)
-                before = f"{before:.4g}" if isinstance(before, int | float) else "-"
-                lines.append(f"| {task} | {name} | {before} | {value:.4g} |")
+                lines.append(f"| {task} | {name} | {shown(before)} | {shown(value)} |")
     return [*lines, "", f"First: step {rows[0]['step']}, last: step {rows[-1]['step']}.", ""]
+
+
+def shown(value) -> str:
+    """A count whole, a measure with four digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value) if isinstance(value, int) else "-"
 
 
 def check_hub() -> None:

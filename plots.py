@@ -330,7 +330,7 @@ def draw_gains(settings: list[Setting], axis) -> None:
         for name in names:
             tasks = [tasks[name] for tasks in seeds if name in tasks]
             gains = [task["loss_before"] - task["loss_after"] for task in tasks]
-            values.append(sum(gains) / len(seeds))
+            values.append(sum(gains) / len(gains) if gains else 0.0)
         places = [i + height * (len(bars) - 1 - j) for i in range(len(names))]
         axis.barh(places, values, height, color=colour, label=label)
     short = [name.split("/")[-1].replace("_", " ") for name in names]

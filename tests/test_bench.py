@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -746,6 +747,21 @@ def test_cases(small_cases):
     args = bench_gpu.Args()
     defaults = (args.sizes, args.length, args.repeats, args.peak_tflops)
     assert defaults == (("0.6B", "1.7B", "4B"), 2048, 2, 989.0)
+
+
+@pytest.mark.parametrize(
+    "step,sizes",
+    [
+        (bench_gpu.fomaml_step, {"rows": 4, "steps": 5}),
+        (bench_gpu.lora_round, {"tasks": 4, "rows": 1}),
+        (bench_gpu.decode_ours, {"new": 128}),
+        (bench_gpu.decode_generate, {"new": 128}),
+        (bench_gpu.amft_step, {"new": 512}),
+    ],
+)
+def test_steps_have_the_sizes_of_their_names(step, sizes):
+    parameters = inspect.signature(step).parameters
+    assert {name: parameters[name].default for name in sizes} == sizes
 
 
 def test_random_prompts_of_the_gpu():

@@ -993,7 +993,7 @@ def test_a_game_has_234_episodes(tmp_path, monkeypatch):
         assert found["g (a)"]["problems"] == episodes
 
 
-def test_played_episodes(monkeypatch):
+def test_played_episodes(monkeypatch, capsys):
     """In batches that hold all samples of a seed; streams by seed of the call and test set."""
     tests = [evaluation.GameTest("g/a", "g (a)", "A"), evaluation.GameTest("g/b", "g (b)", "B")]
     asked = []
@@ -1020,6 +1020,9 @@ def test_played_episodes(monkeypatch):
     names = [(row["model"], row["id"], row["sample"], row["turns"]) for row in [*first, *second]]
     assert names == [("m", f"g/a/{seed}", k, k + 1) for seed in (4, 6, 7) for k in (0, 1)]
     assert [row["response"] for row in second] == [["7"], ["7", "7"]]
+    assert "g (a):" in capsys.readouterr().err
+    list(evaluation.play_episodes(args, "m", [(tests[0], [4])], World(CPU.device, 1, 2)))
+    assert capsys.readouterr().err == ""
     asked.clear()
     wide = dataclasses.replace(args, samples=8, max_length=500)
     list(evaluation.play_episodes(wide, "m", [(tests[0], [4, 6])], CPU))
@@ -1180,7 +1183,7 @@ def test_prompts_with_examples_must_fit(monkeypatch):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("in_context", [False, True])
-def test_units_of_the_study(rank, in_context, monkeypatch):
+def test_units_of_the_study(rank, in_context, monkeypatch, capsys):
     """Each task, number and draw; without examples a single draw. The loss is that at the end, the
     curve that at a few steps; every unit begins with the model's own weights."""
     model = torch.nn.Linear(1, 1, bias=False)
@@ -1247,6 +1250,8 @@ def test_units_of_the_study(rank, in_context, monkeypatch):
     assert found == expected
     assert adapted == trained
     assert model.weight.item() == 1.0
+    bar = capsys.readouterr().err  # of rank 0 alone
+    assert ("few-shot m/checkpoint:" in bar, bool(bar)) == (rank == 0,) * 2
 
 
 def test_draws_are_nested_and_of_their_own():

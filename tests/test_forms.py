@@ -476,6 +476,8 @@ def test_tables_of_csv(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('a,b\n1,"x\ny"\n2\n')
     assert read_tables(path) == {"": [{"a": "1", "b": "x\ny"}, {"a": "2", "b": None}]}
+    path.write_bytes(b'a,b\r\n1,"x\r\ny"\r\n')
+    assert read_tables(path) == {"": [{"a": "1", "b": "x\r\ny"}]}
     for text, said in (
         ("a,b\n1,2\n1,2,3\n", ": line 3: more fields than the first line names"),
         ('a,b\n"1" x,2\n', ": ',' expected after '\"'"),

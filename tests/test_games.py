@@ -932,6 +932,23 @@ def test_routes_of_the_city():
     assert all(max(map(len, route.landmarks)) <= 1 for route in routes)
 
 
+@pytest.mark.parametrize("compact,legs,most", [(False, {2, 3, 4, 5, 6}, 6), (True, {2, 3}, 2)])
+def test_how_long_walks_are(compact, legs, most):
+    """Two to six legs of up to six steps; for small models two or three of up to two."""
+    game, *_ = games_of("virl", compact=compact)
+    assert game.attempts == 2
+    found, steps = set(), []
+    for seed in range(200):
+        walk = game.reset(seed)
+        found.add(sum(line.startswith("Move forward") for line in walk.instructions))
+        here = [position.instruction for position in walk.positions]
+        on_the_way = [p.instruction for p in walk.positions if p.action == "forward()"]
+        steps += [on_the_way.count(i) for i in set(on_the_way)]
+        assert here == sorted(here)
+    assert found == legs
+    assert max(steps) == most
+
+
 def test_headings_and_landmarks_of_files(tmp_path):
     """In every way that the originals' files write them."""
     record = {
