@@ -1424,7 +1424,7 @@ def test_what_an_actor_plays(monkeypatch):
         world = types.SimpleNamespace(rank=rank, size=3)
         return Actor(
             "policy", "lm", "tokenizer", "processor", world, seed=7, max_new_tokens=tokens,
-            batch_size=64, stop=stop,
+            batch_size=64, stop=stop, sampler="sampler",
         )  # fmt: skip
 
     assert list(actor(1, 9).mine(8)) == [1, 4, 7]
@@ -1434,12 +1434,13 @@ def test_what_an_actor_plays(monkeypatch):
     actor(0, 1025).play("game", [3], 2, "own", 0.5, to_the_end=True)
     actor(1, 1025).play("game", [3], 2, "own")
     shared = ("lm", "tokenizer", "game", [3], 2)
-    assert [call[:-1] for call in calls] == [
+    assert {call[-1] for call in calls} == {"sampler"}
+    assert [call[:-2] for call in calls] == [
         (*shared, "7/key", 1024, 64, 1.0, None, "processor"),
         (*shared, "own", 1025, 64, 0.5, "rollout", "processor"),
         (*shared, "own", 1025, 64, 1.0, None, "processor"),
     ]
-    assert [call[-1]() for call in calls] == [True, False, True]
+    assert [call[-2]() for call in calls] == [True, False, True]
 
 
 def test_games_in_the_terminal(tmp_path, capsys, monkeypatch):
