@@ -564,7 +564,7 @@ def test_a_run_from_its_start_to_its_end(begun, tmp_path, capsys):
     assert (folder / "checkpoint" / "number.txt").read_text() == "50"
     card = (folder / "checkpoint" / "README.md").read_text()
     assert "Step 5 of a run of `script.py`" in card
-    assert "library_name: peft" not in card
+    assert "library_name" not in card
     assert (folder / "curves.png").read_text() == str([folder])
     model, picture = folder / "checkpoint", folder / "curves.png"
     assert re.fullmatch(
