@@ -1267,13 +1267,13 @@ def test_how_problems_are_shared(tmp_path):
         "{} training problems, 4 for validation, {} test; {} over 512 tokens and {} without an "
         "answer or not chosen left out"
     )
-    file = problem_file(tmp_path, 0, 59)
-    for test, held in ((100, 5), (5, 5), (3, 3)):
+    file = problem_file(tmp_path, 0, 100)
+    for test, held in ((100, 10), (10, 10), (3, 3)):
         train, valid, tests, said = loaded(file, test=test)
-        assert said == report.format(55 - held, held, 0, 0)
-        assert (len(train), len(valid), len(tests)) == (55 - held, 4, held)
+        assert said == report.format(96 - held, held, 0, 0)
+        assert (len(train), len(valid), len(tests)) == (96 - held, 4, held)
     train, valid, tests, said = loaded(file, subjects=("A",), levels=(1, 2))
-    assert said == report.format(7, 1, 0, 47)  # 0, 6, 10, ... : 12 are chosen
+    assert said == report.format(14, 2, 0, 80)  # 0, 6, 10, 16, ...: 20 are chosen
     for game in (train, valid, tests):
         for e in game.examples:
             assert (e.subject, e.level <= 2) == ("A", True)
@@ -1298,6 +1298,10 @@ def test_how_problems_are_shared(tmp_path):
         "(subjects: A, B; --subjects, --levels and --max-length choose); more than "
         "--validation-size 4 and 1 are needed"
     )
+    rows = [{"problem": f"{i}?", "solution": "x", "subject": f"s{i:02}"} for i in range(12)]
+    (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"\(subjects: s00, s01, .*, s08, s09; --subjects"):
+        loaded(tmp_path / "many.jsonl", levels=(9,))
     problem_file(tmp_path, 0, 30, "prose.jsonl", solution="words alone")
     with pytest.raises(DataError, match="0 training problems with an answer and 0 test problems"):
         loaded(tmp_path / "prose.jsonl")

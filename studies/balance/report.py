@@ -168,7 +168,7 @@ def draw_mu(cells: Cells, out: Path) -> None:
                     axis.plot(cells[condition, arm][seed]["mu"], color=colour, label=label)
             axis.set(title=condition, xlabel="step", ylim=(0, 1))
         axes[0][0].set_ylabel("mu")
-        axes[0][-1].legend()
+        axes[0][0].legend()
         fig.savefig(out)
         plt.close(fig)
 
