@@ -762,7 +762,8 @@ def test_entropy_of_responses(process_group):
 def test_gradient_of_the_utility_by_halves(rank, size, process_group):
     """Against a loop over the samples: the prompts of even and of odd number over all ranks, each
     half a mean over its samples; the log-probability of all turns, by the episode's return."""
-    learner, groups = amft_learner(small_llama()), groups_of_turns()
+    # the discount is for the value head's targets: U is the reward itself
+    learner, groups = amft_learner(small_llama(), turn_gamma=0.5), groups_of_turns()
     learner.world = replace(learner.world, rank=rank, size=size, replicas=size)
     direction = [torch.ones_like(p) for p in learner.local_params]
     plain, halves = PlainLosses(learner, [], []), {0: [], 1: []}

@@ -374,6 +374,16 @@ def tokens_of(**changes) -> amft.Tokens:
     return amft.Tokens(**values | changes)
 
 
+def test_entropy_is_no_part_of_srfts_gradient():
+    """It weighs the samples and is itself a constant."""
+    tokens = tokens_of()
+    entropy = tokens.entropy.requires_grad_()
+    logprobs = tokens.logprobs.requires_grad_()
+    amft.srft_loss(tokens, args_of(method="srft")).sum().backward()
+    assert entropy.grad is None
+    assert logprobs.grad.abs().sum() > 0
+
+
 def test_losses_that_mu_does_not_weigh():
     errors = torch.tensor([[0.5, 2.0, 2.0], [0.5, 2.0, 0.0]])  # (V - target)^2 / 2
     entropy = torch.tensor([[0.3, 0.6, 0.9], [0.2, 1.0, 0.0]])

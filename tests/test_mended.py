@@ -1227,6 +1227,19 @@ def test_first_steps_of_fomaml(method, small_model, sums, tmp_path):
     assert min(norms) > clip
 
 
+def test_reptiles_step_follows_the_schedule(small_model, sums, tmp_path, monkeypatch):
+    """Where the schedule stands at zero, the adapter stays where it started: B is zero."""
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(meta_lora, "learning_rate", lambda *_: 0.0)
+    flags = [*settings_of("meta_lora", small_model, sums), "--meta-gradient", "reptile"]
+    assert run_here(meta_lora, *flags, "--output-dir", tmp_path / "r") == 0
+    adapter = load_file(tmp_path / "r" / "checkpoint" / "adapter_model.safetensors")
+    moved = [w.abs().max() for name, w in adapter.items() if "lora_B" in name]
+    assert moved
+    assert max(moved) == 0
+
+
 def test_first_steps_of_meta_lora(small_model, sums, tmp_path):
     """With --rank-stabilised: the adapter, scaled by alpha / sqrt(r), folded into the weights."""
     flags = [*settings_of("meta_lora", small_model, sums), *THREE_STEPS, "--rank-stabilised"]

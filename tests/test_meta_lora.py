@@ -605,6 +605,17 @@ def test_losses_of_a_joint_round():
     torch.testing.assert_close(history[0], means([e.support[:2] for e in episodes]))
 
 
+@pytest.mark.parametrize("method", ["fomaml", "reptile"])
+def test_a_rounds_support_loss_is_the_last_steps(method):
+    """The loss of the last support batch, before the step on it."""
+    episodes, tokens = random_episodes(2, 4, 3)
+    learner = lora_learner(small_llama(), tokens, tasks_per_step=2, inner_lr=0.05)
+    history = learner.inner_loop(meta_lora.support_steps(episodes, 2))
+    support, _ = getattr(learner, method)(episodes)
+    torch.testing.assert_close(support, history[-1])
+    assert (history[-1] - history[0]).abs().min() > 1e-3
+
+
 @pytest.mark.parametrize("method", ["fomaml", "reptile", "joint"])
 def test_tokens_of_a_round_are_counted(method):
     """All rows once, prompts too."""
