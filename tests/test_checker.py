@@ -917,6 +917,9 @@ def test_places_of_comparison():
     counted = [p["n"] for p in checker.points([n])]
     assert counted[:17] == list(range(1, 18))
     assert counted[17:] == [42, 60, 127, 37182145]
+    k = sympy.Symbol("k")
+    pairs = [(p["n"], p["k"]) for p in checker.points([n + k])[:4]]
+    assert pairs == [(1, 1), (2, 1), (3, 3), (1, 4)]  # by 1 + (7j + 3) % (j + 1); then k leads
     real = [p["x"] for p in checker.points([x])]
     assert len(real) == 14
     assert min(real[:3]) > 0 > min(real)
