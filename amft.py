@@ -40,7 +40,7 @@ Everything in which the methods differ is in the table METHODS.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -908,6 +908,14 @@ class PolicyLearner:
         entropy, count = self.world.sum(*sums)
         return entropy / max(count, 1)
 
+    def each_forward(self, rows: list[Row]) -> Iterator[tuple[Row, Tokens, int]]:
+        """(row, its micro-batch, its place in that) of every row, without fillers. Collective."""
+        rows, size = sorted(rows, key=lambda row: row.length), self.args.micro_batch
+        for k, batch in enumerate(self.batches(rows)):
+            t = self.forward(batch)
+            for i, row in enumerate(rows[k * size : (k + 1) * size]):
+                yield row, t, i
+
     @torch.no_grad()
     def correct(self, rows: list[Row]) -> dict[str, float]:
         """Samples of another engine: pi_old becomes the policy's own, and each token gets its
@@ -917,32 +925,24 @@ class PolicyLearner:
         """
         if self.args.sampler == "own" or not self.args.is_cap:
             return {}
-        size, of_tokens = self.args.micro_batch, []
-        rows = sorted((r for r in rows if not r.demonstration), key=lambda row: row.length)
-        for k, batch in enumerate(self.batches(rows)):
-            t = self.forward(batch)
-            of_batch = rows[k * size : (k + 1) * size]
-            for row, logprobs, mask in zip(of_batch, t.logprobs, t.mask, strict=False):
-                logprobs, engine = logprobs[mask].tolist(), row.turn.old_logprobs
-                differences = [a - b for a, b in zip(logprobs, engine, strict=True)]
-                row.importance = truncated_weights(differences, self.args.is_cap)
-                row.turn = row.turn._replace(old_logprobs=logprobs)
-                of_tokens += differences
+        of_tokens = []
+        for row, t, i in self.each_forward([row for row in rows if not row.demonstration]):
+            logprobs, engine = t.logprobs[i][t.mask[i]].tolist(), row.turn.old_logprobs
+            differences = [a - b for a, b in zip(logprobs, engine, strict=True)]
+            row.importance = truncated_weights(differences, self.args.is_cap)
+            row.turn = row.turn._replace(old_logprobs=logprobs)
+            of_tokens += differences
         return engine_metrics(of_tokens, self.args.is_cap, self.world)
 
     @torch.no_grad()
     def estimate_advantages(self, rows: list[Row]) -> None:
         """GAE with the value head at theta_old; advantages whitened over the batch. Collective."""
-        size, advantages = self.args.micro_batch, []
-        rows = sorted(rows, key=lambda row: row.length)
-        for k, batch in enumerate(self.batches(rows)):
-            t = self.forward(batch)
-            of_batch = rows[k * size : (k + 1) * size]
-            for row, values, mask in zip(of_batch, t.values, t.mask, strict=False):  # no fillers
-                values = values[mask].tolist()
-                row.advantages = gae(values, row.reward_to_go, self.args.gae_lambda)
-                row.value_targets = [a + v for a, v in zip(row.advantages, values, strict=True)]
-                advantages += row.advantages
+        advantages = []
+        for row, t, i in self.each_forward(rows):
+            values = t.values[i][t.mask[i]].tolist()
+            row.advantages = gae(values, row.reward_to_go, self.args.gae_lambda)
+            row.value_targets = [a + v for a, v in zip(row.advantages, values, strict=True)]
+            advantages += row.advantages
         squares = sum(a * a for a in advantages)
         n, total, squares = self.world.sum(len(advantages), sum(advantages), squares)
         mean = total / n
@@ -1734,10 +1734,9 @@ def main(args: Args, world: World) -> int:
         checkpoint = AdapterCheckpoint(policy.adapters, optimizer, resolve(args.model), beside)
     else:
         checkpoint = ModelCheckpoint(policy, processor or tokenizer, optimizer, policy.lm)
-    engine, sampler = None, sample
+    engine = None
     if args.sampler == "vllm":
         engine = vllm_engine(args, config, policy, optimizer, longest)
-        sampler = engine.sample
     size = sum(p.numel() for p in learner.params)
     run.start(checkpoint, f"{size / 1e6:.1f}M parameters", controller.state)
     actor = Actor(
@@ -1750,7 +1749,7 @@ def main(args: Args, world: World) -> int:
         max_new_tokens=args.max_new_tokens,
         batch_size=args.generation_batch,
         stop=run.stop,
-        sampler=sampler,
+        sampler=engine.sample if engine else sample,
     )
     own_samples = args.samples - (1 if method.demonstrations == "replaces_sample" else 0)
 
@@ -1841,7 +1840,7 @@ def main(args: Args, world: World) -> int:
         readers = processor or tokenizer
         write_merged(run.folder / "merged", policy.lm, policy.adapters, readers, dtype)
     status = run.finish(tests_table, "dynamics.png", f"; responses: {run.folder / 'samples.jsonl'}")
-    if engine is not None:
+    if engine:
         engine.close()
     return status
 
