@@ -20,6 +20,7 @@ import torch.distributed as dist
 import amft
 from data import Encoded, Episode, Example
 from games.play import Turn
+from games.rules import Result
 from model import load_config, local
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,6 +199,43 @@ AMFT_RUN = [
     "--validation-prompts", "4", "--validation-size", "8", "--mu-every", "1",
     "--warmup-steps", "2", "--show", "1", "--micro-batch", "8",
 ]  # fmt: skip
+
+
+# Of fomaml.py or meta_lora.py: four steps of two tasks
+META_RUN = [
+    "--steps", "4", "--save-every", "9", "--inner-steps", "2",
+    "--tasks-per-step", "2", "--support-batch", "2", "--query-batch", "3", "--shots", "0",
+    "--eval-problems", "2", "--eval-tasks", "2", "--eval-max-new-tokens", "2",
+]  # fmt: skip
+
+
+class OneRank:
+    """A world whose sums are its own numbers."""
+
+    rank, size, shards, device = 0, 1, 1, torch.device("cpu")
+
+    def sum(self, *values) -> list:
+        return list(values)
+
+
+class Parity:
+    """A game of one turn that a random model wins half the time: an even number of characters."""
+
+    def __init__(self, name: str = ""):
+        self.name = name
+
+    def reset(self, seed: int) -> int:
+        return seed
+
+    def prompt(self, state: int) -> list[dict]:
+        return [{"role": "user", "content": f"What is {state} and {state}?"}]
+
+    def step(self, state: int, text: str) -> Result:
+        won = len(text) % 2 == 0
+        return Result(float(won), True, won, "")
+
+    def expert(self, state: int) -> str:
+        return f"It is \\boxed{{{2 * state}}}."
 
 
 def one_rank_mesh():

@@ -19,13 +19,14 @@ import amft
 import plots
 from data import DataError
 from games.play import Actor, Trajectory, Turn, demonstrate
-from games.rules import Result, own_function
+from games.rules import own_function
 from lora import Adapters
 from model import EMBEDDED, World, auto_class, load_config, load_processor, load_weights
 from policy import Policy
 from tests.helpers import (
     AMFT_RUN,
     ROOT,
+    Parity,
     assert_same_weights,
     final_weights,
     logged,
@@ -1280,26 +1281,6 @@ def test_games_run(kind, tmp_path, capsys):
 # The loop, step by step
 
 
-class Halves:
-    """A game that a random model wins half the time: an even number of characters."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def reset(self, seed: int) -> int:
-        return seed
-
-    def prompt(self, state: int) -> list[dict]:
-        return [{"role": "user", "content": f"What is {state} and {state}?"}]
-
-    def step(self, state: int, text: str) -> Result:
-        won = len(text) % 2 == 0
-        return Result(float(won), True, won, "")
-
-    def expert(self, state: int) -> str:
-        return f"It is \\boxed{{{2 * state}}}."
-
-
 class Watched:
     """What a run of amft.py does."""
 
@@ -1307,7 +1288,7 @@ class Watched:
         self.rollouts, self.tokens, self.shown, self.steps, self.lengths = [], [], [], [], []
         self.rows, self.results, self.entropies, self.gradients, self.laps = [], [], [], [], []
         self.estimated = 0
-        games = [Halves(name) for name in ("train", "shown", "validation", "test")]
+        games = [Parity(name) for name in ("train", "shown", "validation", "test")]
         task = *games[:3], {"test": (games[3], 2)}, "halves"
         patch.setattr(amft, "load_task", lambda *_: task)
         patch.setattr(plots, "figure", lambda *_: None)

@@ -14,7 +14,7 @@ from data import DataError, check_numbers
 from games.play import Trajectory, Turn
 from model import ModelError, World
 from policy import Policy
-from tests.helpers import small_llama
+from tests.helpers import OneRank, small_llama
 
 CPU = torch.device("cpu")
 
@@ -29,15 +29,6 @@ def turn_of(reward: float, prompt: int = 2, length: int = 3, finished: bool = Tr
 
 def row_of(length: int = 3, prompt: int = 2, finished: bool = True, **fields) -> amft.Row:
     return amft.Row(turn_of(0.0, prompt, length, finished), [0.0] * length, **fields)
-
-
-class OneRank:
-    """A world whose sums are its own numbers."""
-
-    rank, size, shards, device = 0, 1, 1, CPU
-
-    def sum(self, *values) -> list:
-        return list(values)
 
 
 # --------------------------------------------------------------------------------------------------

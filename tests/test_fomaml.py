@@ -2,13 +2,11 @@
 
 import copy
 import gc
-import json
 import math
 import random
 import time
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,9 +35,9 @@ from model import (
     set_gradients,
     token_loss,
 )
-from run import Run
 from tests import sharded_gradients
 from tests.helpers import (
+    META_RUN,
     all_rows,
     assert_same_weights,
     chunks,
@@ -665,48 +663,12 @@ def test_one_process_needs_no_fsdp(process_group):
         assert sum(isinstance(m, FSDPModule) for m in model.modules()) == wrapped
 
 
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory) -> Path:
-    """A file with three tasks of 20 short problems, read faster than the sources with names."""
-    rows = []
-    for task, word in (("sum", "plus"), ("more", "and"), ("with", "with")):
-        for i in range(20):
-            row = {"task": task, "problem": f"What is {i} {word} 1?", "answer": str(i + 1)}
-            rows.append(row | {"solution": f"It is \\boxed{{{i + 1}}}."})
-    file = tmp_path_factory.mktemp("sums") / "sums.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
-
-
-SHORT = [
-    "--steps", "4", "--save-every", "9", "--inner-steps", "2",
-    "--tasks-per-step", "2", "--support-batch", "2", "--query-batch", "3", "--shots", "0",
-    "--eval-problems", "2", "--eval-tasks", "2", "--eval-max-new-tokens", "2",
-]  # fmt: skip
-
-
-def test_numbers_of_a_run(small_model, sums, tmp_path, capsys, monkeypatch):
+def test_numbers_of_a_run(small_model, sums, tmp_path, capsys, monkeypatch, counted):
     """The schedule, which steps measure the gain and which evaluations the curve, the tokens and
     FLOPs of a step, what is said of the size."""
     monkeypatch.setattr(plots, "figure", lambda *_: None)
-    counted, log = [], Run.log
-
-    def noted(self, step, metrics, tokens, flops_per_token):
-        counted.append((tokens, flops_per_token))
-        log(self, step, metrics, tokens, flops_per_token)
-
-    monkeypatch.setattr(Run, "log", noted)
-    flags = [
-        "--model",
-        small_model,
-        "--data",
-        sums,
-        *SHORT,
-        "--eval-every",
-        "2",
-        "--gain-every",
-        "3",
-    ]
+    flags = ["--model", small_model, "--data", sums, *META_RUN]
+    flags += ["--eval-every", "2", "--gain-every", "3"]
     assert run_here(fomaml, *flags, "--output-dir", tmp_path / "r") == 0
     size = load_weights(str(small_model)).num_parameters()
     assert f"fomaml: {size / 1e6:.1f}M parameters, 1 rank(s)" in capsys.readouterr().out
@@ -741,7 +703,7 @@ def test_numbers_of_a_run(small_model, sums, tmp_path, capsys, monkeypatch):
 )
 def test_steps_that_measure_the_gain(flags, measured, small_model, sums, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "figure", lambda *_: None)
-    settings = ["--model", small_model, "--data", sums, *SHORT, "--eval-every", "-1", *flags]
+    settings = ["--model", small_model, "--data", sums, *META_RUN, "--eval-every", "-1", *flags]
     assert run_here(fomaml, *settings, "--output-dir", tmp_path / "r") == 0
     assert ["meta/adaptation_gain" in row for row in logged(tmp_path / "r")] == measured
 
@@ -750,16 +712,8 @@ def test_no_training_and_no_curve(small_model, sums, tmp_path, monkeypatch):
     """The evaluation alone, once."""
     monkeypatch.setattr(plots, "figure", lambda *_: None)
     for curve, points in (([], 3), (["--no-eval-curve"], 0)):
-        settings = [
-            "--model",
-            small_model,
-            "--data",
-            sums,
-            *SHORT,
-            "--meta-gradient",
-            "none",
-            *curve,
-        ]
+        settings = ["--model", small_model, "--data", sums, *META_RUN]
+        settings += ["--meta-gradient", "none", *curve]
         folder = tmp_path / str(points)
         assert run_here(fomaml, *settings, "--output-dir", folder) == 0
         assert logged(folder) == []
@@ -773,17 +727,8 @@ def test_no_training_and_no_curve(small_model, sums, tmp_path, monkeypatch):
 def test_first_change_of_learned_rates(kind, small_model, sums, tmp_path, monkeypatch):
     """Adam's first step on log alpha is --rate-lr up or down, times the schedule."""
     monkeypatch.setattr(plots, "figure", lambda *_: None)
-    flags = [
-        "--model",
-        small_model,
-        "--data",
-        sums,
-        *SHORT,
-        "--eval-every",
-        "-1",
-        "--learn-inner-lr",
-        kind,
-    ]
+    flags = ["--model", small_model, "--data", sums, *META_RUN]
+    flags += ["--eval-every", "-1", "--learn-inner-lr", kind]
     flags += ["--steps", "4", "--warmup-ratio", "0.5", "--inner-lr", "0.01", "--rate-lr", "0.2"]
     assert run_here(fomaml, *flags, "--output-dir", tmp_path / "r") == 0
     rows = logged(tmp_path / "r")

@@ -61,6 +61,7 @@ from model import (
 from policy import Policy, sample
 from tests.helpers import (
     ROOT,
+    Parity,
     all_rows,
     assert_same_weights,
     chunks,
@@ -93,37 +94,6 @@ def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "figure", lambda *_: None)
         yield
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory) -> Path:
-    """A file with three tasks of 40 short problems."""
-    rows = []
-    for task, word in (("sum", "plus"), ("more", "and"), ("with", "with")):
-        for i in range(40):
-            a, b = divmod(i, 5)
-            row = {"task": task, "problem": f"What is {a} {word} {b}?", "answer": str(a + b)}
-            rows.append(row | {"solution": f"It is \\boxed{{{a + b}}}."})
-    file = tmp_path_factory.mktemp("sums") / "sums.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
-
-
-class Parity:
-    """A game of one turn that a random model wins half the time: an even number of characters."""
-
-    def reset(self, seed: int) -> int:
-        return seed
-
-    def prompt(self, state: int) -> list[dict]:
-        return [{"role": "user", "content": f"What is {state} and {state}?"}]
-
-    def step(self, state: int, text: str) -> Result:
-        won = len(text) % 2 == 0
-        return Result(float(won), True, won, "")
-
-    def expert(self, state: int) -> str:
-        return f"It is \\boxed{{{2 * state}}}."
 
 
 def parity_task() -> tuple:

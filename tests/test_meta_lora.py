@@ -25,8 +25,8 @@ from lora import (
     write_merged,
 )
 from model import ModelError, World, load_config, load_weights, skeleton
-from run import Run
 from tests.helpers import (
+    META_RUN,
     all_rows,
     assert_same_weights,
     chunks,
@@ -724,48 +724,12 @@ def test_positions_that_are_asked_for(sums, monkeypatch):
     assert asked == [(longest, "--max-length")]
 
 
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory) -> Path:
-    """A file with three tasks of 20 short problems, read faster than the sources with names."""
-    rows = []
-    for task, word in (("sum", "plus"), ("more", "and"), ("with", "with")):
-        for i in range(20):
-            row = {"task": task, "problem": f"What is {i} {word} 1?", "answer": str(i + 1)}
-            rows.append(row | {"solution": f"It is \\boxed{{{i + 1}}}."})
-    file = tmp_path_factory.mktemp("sums") / "sums.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
-
-
-SHORT = [
-    "--steps", "4", "--save-every", "9", "--inner-steps", "2",
-    "--tasks-per-step", "2", "--support-batch", "2", "--query-batch", "3", "--shots", "0",
-    "--eval-problems", "2", "--eval-tasks", "2", "--eval-max-new-tokens", "2",
-]  # fmt: skip
-
-
-def test_numbers_of_a_run(small_model, sums, tmp_path, capsys, monkeypatch):
+def test_numbers_of_a_run(small_model, sums, tmp_path, capsys, monkeypatch, counted):
     """The schedule, which rounds measure the gain and which evaluations the curve, the tokens and
     FLOPs of a round, what is said of the sizes."""
     monkeypatch.setattr(plots, "figure", lambda *_: None)
-    counted, log = [], Run.log
-
-    def noted(self, step, metrics, tokens, flops_per_token):
-        counted.append((tokens, flops_per_token))
-        log(self, step, metrics, tokens, flops_per_token)
-
-    monkeypatch.setattr(Run, "log", noted)
-    flags = [
-        "--model",
-        small_model,
-        "--data",
-        sums,
-        *SHORT,
-        "--eval-every",
-        "2",
-        "--gain-every",
-        "3",
-    ]
+    flags = ["--model", small_model, "--data", sums, *META_RUN]
+    flags += ["--eval-every", "2", "--gain-every", "3"]
     flags += ["--lora-r", "2", "--target-modules", "k_proj", "--outer-lr", "1e-3"]
     assert run_here(meta_lora, *flags, "--output-dir", tmp_path / "r") == 0
     base = load_weights(str(small_model)).num_parameters()
@@ -802,7 +766,7 @@ def test_numbers_of_a_run(small_model, sums, tmp_path, capsys, monkeypatch):
 )
 def test_rounds_that_measure_the_gain(flags, measured, small_model, sums, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "figure", lambda *_: None)
-    settings = ["--model", small_model, "--data", sums, *SHORT, "--eval-every", "-1", *flags]
+    settings = ["--model", small_model, "--data", sums, *META_RUN, "--eval-every", "-1", *flags]
     assert run_here(meta_lora, *settings, "--output-dir", tmp_path / "r") == 0
     assert ["meta/adaptation_gain" in row for row in logged(tmp_path / "r")] == measured
 
@@ -810,7 +774,7 @@ def test_rounds_that_measure_the_gain(flags, measured, small_model, sums, tmp_pa
 def test_no_training(small_model, sums, tmp_path, monkeypatch):
     """The evaluation alone, once, with its curve."""
     monkeypatch.setattr(plots, "figure", lambda *_: None)
-    settings = ["--model", small_model, "--data", sums, *SHORT, "--meta-gradient", "none"]
+    settings = ["--model", small_model, "--data", sums, *META_RUN, "--meta-gradient", "none"]
     assert run_here(meta_lora, *settings, "--output-dir", tmp_path / "r") == 0
     assert logged(tmp_path / "r") == []
     (row,) = logged(tmp_path / "r", "evaluations.jsonl")

@@ -16,7 +16,15 @@ from games.rules import Result
 from lora import Adapters
 from model import ModelError, World, load_config, load_weights
 from policy import Policy, never, sample
-from tests.helpers import AMFT_RUN, logged, random_rows, run_here, run_well, small_llama
+from tests.helpers import (
+    AMFT_RUN,
+    OneRank,
+    logged,
+    random_rows,
+    run_here,
+    run_well,
+    small_llama,
+)
 from vllm_sampler import VllmSampler, engine_bytes, engine_metrics, truncated_weights
 
 CPU = torch.device("cpu")
@@ -55,13 +63,6 @@ def test_metrics_by_hand():
     metrics = engine_metrics(differences, 1.5, OneRank())
     assert metrics == pytest.approx({"engine/kl": 0.5 / 3, "engine/cut": 1 / 3})
     assert engine_metrics([], 2.0, OneRank()) == {}
-
-
-class OneRank:
-    """A world whose sums are its own numbers."""
-
-    def sum(self, *values) -> list:
-        return list(values)
 
 
 def logprobs_alone(model, row) -> torch.Tensor:
