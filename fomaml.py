@@ -21,7 +21,7 @@ What is done differently, and why:
 5. --learn-inner-lr learns alpha, one or one a tensor, with the gradient that is at hand anyway:
    dL_query / d log alpha = <g_i, theta_i - theta> to first order (Meta-SGD, arXiv 1707.03141).
 
-    python fomaml.py                                # laptop: hidden ciphers, 4 minutes
+    python fomaml.py                                # laptop: hidden ciphers, 5 minutes
     FLAGS="--data hub --inner-optimizer sgd --inner-lr 1e-2 --inner-steps 5 --support-batch 4
         --query-batch 4 --shots 0 --outer-lr 3e-5 --steps 5000 --save-every 500 --eval-every 500
         --eval-max-new-tokens 512 --no-eval-curve --activation-checkpointing"   # for MATH, any GPUs

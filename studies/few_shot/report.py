@@ -1,6 +1,6 @@
 """Tables and pictures from results.jsonl: python studies/few_shot/report.py
 
-Prints the tables of docs/studies/few_shot.md and writes its two pictures to assets/.
+Prints the tables of docs/studies/few_shot.md and writes its three pictures to assets/.
 """
 
 import math
