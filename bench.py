@@ -39,6 +39,7 @@ import tyro
 import policy
 from data import Encoded, Episode, Example, check_numbers, collate
 from model import World, gathered, load_config, load_weights, set_gradients, token_loss
+from sources import read_rows
 
 HERE = Path(__file__).resolve().parent
 BENCHES = ("fomaml", "meta_lora", "rollout", "amft", "checker", "startup", "scaling", "decode")
@@ -793,13 +794,15 @@ def bench_checker(args: Args) -> list[str]:
             gold = math_verify.parse(f"${row['gold']}$")
             math_verify.verify(gold, math_verify.parse(row["response"]))
 
-    rows = [json.loads(line) for line in Path(args.cases).read_text().splitlines()]
+    rows = read_rows(Path(args.cases))
+    if not rows or not {"response", "gold"} <= set.intersection(*map(set, rows)):
+        raise ValueError(f"{args.cases}: not rows {{\"response\", \"gold\"}}")
     ours, theirs = [], []
     for row in rows:
         ours.append(timed(partial(checker.grade, row["response"], row["gold"])))
         theirs.append(timed(partial(verify, row)))
     lines = []
-    for label, at, target in (("median", 0.5, "10"), ("99th percentile", 0.99, "")):
+    for label, at, target in (("median", 0.5, "5"), ("99th percentile", 0.99, "20")):
         place = min(len(rows) - 1, int(at * len(rows)))
         a, b = sorted(ours)[place], sorted(theirs)[place]
         lines.append(

@@ -781,6 +781,9 @@ class Args:
     """Check an existing folder and write nothing."""
 
 
+SPLITS = ("support", "query", "test")
+
+
 def prepare(args: Args, folder: Path) -> None:
     """Writes the folder and prints the sizes of the splits. Raises DataError."""
     tasks = load_tasks(
@@ -793,7 +796,7 @@ def prepare(args: Args, folder: Path) -> None:
     )
     empty = []
     for t in tasks:
-        empty += [f"{t.name} ({name})" for name in ("support", "query") if not getattr(t, name)]
+        empty += [f"{t.name} ({name})" for name in SPLITS if not getattr(t, name)]
     if empty:
         raise DataError(f"an empty split: {', '.join(empty[:5])}; use fewer tasks or other ratios")
     write_prepared(tasks, folder)

@@ -580,7 +580,8 @@ def examine(args: Args, world: World) -> list[str]:
 
 def kept(args: Args) -> int:
     """Checkpoints on disk at most, the one that is being written included."""
-    return min(args.keep, -(-args.steps // args.save_every)) + 1
+    steps = 0 if args.meta_gradient == "none" else args.steps
+    return min(args.keep, -(-steps // args.save_every)) + 1
 
 
 def needs(args: Args, config, world: World, tokens: dict) -> Needs:

@@ -257,7 +257,8 @@ class AdapterLearner:
         """
         rows = [[self.tokens[e.id] for e in examples] for examples in batches]
         in_order = [row for task_rows in rows for row in task_rows]
-        self.tokens_seen += sum(len(row.ids) for row in in_order)
+        if torch.is_grad_enabled():  # not where query losses are only measured
+            self.tokens_seen += sum(len(row.ids) for row in in_order)
         batch = collate(in_order, self.pad_id)
         batch = {name: x.to(self.world.device) for name, x in batch.items()}
         sums = token_losses(self.model, batch).view(len(rows), -1).sum(1)

@@ -179,7 +179,7 @@ def _csv_rows(lines: Iterable[str]) -> list[dict]:
                 raise ValueError("more fields than the first line names")
             rows.append(row)
     except (csv.Error, ValueError) as e:
-        raise ValueError(f"line {reader.line_num}: {reason_of(e)}") from None
+        raise ValueError(f"line {reader.reader.line_num}: {reason_of(e)}") from None
     return rows
 
 

@@ -461,11 +461,15 @@ def test_checkers_side_by_side(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "timed", timed)
     assert bench.bench_checker(args) == [
         "| checker on 5 rows, median, against Math-Verify (math-verify 1.0) "
-        "| 4 ms | 30 ms | **7.5** | 10 | |",
+        "| 4 ms | 30 ms | **7.5** | 5 | |",
         "| checker on 5 rows, 99th percentile, against Math-Verify (math-verify 1.0) "
-        "| 9 ms | 90 ms | **10.0** |  | |",
+        "| 9 ms | 90 ms | **10.0** | 20 | |",
     ]
     assert verified == [(f"<${i}$>", f"<r{i}>") for i in range(5)]
+    for text, said in (("", "not rows"), ('{"gold": "1"}', 'not rows {"response", "gold"}')):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            bench.bench_checker(args)
 
 
 def test_parts_of_the_start(monkeypatch):

@@ -290,6 +290,8 @@ def test_checkpoints_that_are_kept():
     ):  # fmt: skip
         args = fomaml.Args(steps=steps, save_every=save_every, keep=keep)
         assert fomaml.kept(args) == count
+    none = fomaml.Args(steps=1000, save_every=40, keep=5, meta_gradient="none")
+    assert fomaml.kept(none) == 1  # it takes no step
 
 
 # --------------------------------------------------------------------------------------------------
