@@ -796,7 +796,7 @@ def bench_checker(args: Args) -> list[str]:
 
     rows = read_rows(Path(args.cases))
     if not rows or not {"response", "gold"} <= set.intersection(*map(set, rows)):
-        raise ValueError(f"{args.cases}: not rows {{\"response\", \"gold\"}}")
+        raise ValueError(f'{args.cases}: not rows {{"response", "gold"}}')
     ours, theirs = [], []
     for row in rows:
         ours.append(timed(partial(checker.grade, row["response"], row["gold"])))
