@@ -38,18 +38,22 @@ import tyro
 
 import policy
 from data import Encoded, Episode, Example, check_numbers, collate
+from lora import Adapters
 from model import World, gathered, load_config, load_weights, set_gradients, token_loss
 from sources import read_rows
 
 HERE = Path(__file__).resolve().parent
-BENCHES = ("fomaml", "meta_lora", "rollout", "amft", "checker", "startup", "scaling", "decode")
+BENCHES = (
+    "fomaml", "meta_lora", "rollout", "amft", "checker", "startup",
+    "scaling", "decode", "amft_lora",
+)  # fmt: skip
 
 
 @dataclass
 class Args:
     """Time ours beside its peers."""
 
-    names: tyro.conf.Positional[tuple[Literal[BENCHES], ...]] = BENCHES[:-2]
+    names: tyro.conf.Positional[tuple[Literal[BENCHES], ...]] = BENCHES[:-3]
     """What to time."""
     model: str = "tiny"
     """tiny, a folder, or a hub name."""
@@ -123,10 +127,19 @@ PAIRS = {
     "amft": [
         Pair(
             "GRPO step, 8 x 8 x (40 + 64) tokens, against TRL GRPOTrainer",
-            "grpo_ours",
-            "grpo_trl",
+            "grpo_ours:8:8:0",
+            "grpo_trl:8:8:0",
             "trl",
             4.0,
+        ),
+    ],
+    "amft_lora": [
+        Pair(
+            "GRPO step with LoRA, r=16, 4 x 4 x (40 + 64) tokens, against TRL with PEFT",
+            "grpo_ours:4:4:16",
+            "grpo_trl:4:4:16",
+            "trl",
+            1.0,
         ),
     ],
 }
@@ -477,12 +490,12 @@ def decode_vllm(name: str, device: str, count: int) -> Callable[[], None]:
     return decode_step(name, count, partial(engine.sample, model, tokenizer, **how))
 
 
-PROMPTS, SAMPLES, PROMPT_LENGTH, NEW_TOKENS = 8, 8, 40, 64  # of a GRPO step
+PROMPT_LENGTH, NEW_TOKENS = 40, 64  # of a GRPO step
 
 
-def grpo_ours(name: str, device: str) -> Callable[[], None]:
-    """8 prompts of 40 tokens x 8 samples of exactly 64 tokens, random rewards: rollout, loss, AdamW
-    step."""
+def grpo_ours(name: str, device: str, count: int, n: int, r: int) -> Callable[[], None]:
+    """`count` prompts of 40 tokens x n samples of exactly 64 tokens, random rewards: rollout, loss,
+    AdamW step on all weights (r = 0) or on adapters of rank r."""
     import amft
     from games.play import Trajectory, Turn
 
@@ -491,17 +504,31 @@ def grpo_ours(name: str, device: str) -> Callable[[], None]:
     args = amft.with_defaults(
         amft.Args(
             method="rl",
-            samples=SAMPLES,
-            prompts_per_step=PROMPTS,
+            samples=n,
+            prompts_per_step=count,
             max_new_tokens=NEW_TOKENS,
+            lora_r=r,
         )
     )
     lm = policy.Policy(loaded(name, device), value_head=False).train()
-    weights = {"params": list(lm.parameters()), "lr": 1e-6, "peak": 1e-6}
+    if r:
+        lm.requires_grad_(False)
+        lm.adapters = Adapters(
+            lm.lm,
+            r=r,
+            alpha=args.lora_alpha,
+            dropout=0.0,
+            target_modules=args.target_modules,
+            rank_stabilised=False,
+            seed=0,
+            device=torch.device(device),
+        )
+        lm.adapters.train_phi()
+    weights = {"params": [p for _, p in amft.trained_weights(lm)], "lr": 1e-6, "peak": 1e-6}
     optimizer = torch.optim.AdamW([weights], fused=True)
     world = World(torch.device(device))
     learner = amft.PolicyLearner(args, lm, optimizer, world, tokenizer.pad_token_id)
-    prompts, rng = random_prompts(tokenizer, PROMPTS, PROMPT_LENGTH), random.Random(0)
+    prompts, rng = random_prompts(tokenizer, count, PROMPT_LENGTH), random.Random(0)
 
     def rollout() -> list[list[Trajectory]]:
         generator = torch.Generator().manual_seed(0)
@@ -510,7 +537,7 @@ def grpo_ours(name: str, device: str) -> Callable[[], None]:
                 lm.lm,
                 tokenizer,
                 prompts,
-                SAMPLES,
+                n,
                 NEW_TOKENS,
                 generator=generator,
                 stop=frozenset([-1]),
@@ -518,9 +545,9 @@ def grpo_ours(name: str, device: str) -> Callable[[], None]:
         trajectories = []
         for i, s in enumerate(samples):
             reward = float(rng.random() < 0.5)
-            turn = Turn(prompts[i // SAMPLES], s.ids, s.logprobs, True, "", reward)
+            turn = Turn(prompts[i // n], s.ids, s.logprobs, True, "", reward)
             trajectories.append(Trajectory([turn]))
-        return [trajectories[i : i + SAMPLES] for i in range(0, len(samples), SAMPLES)]
+        return [trajectories[i : i + n] for i in range(0, len(samples), n)]
 
     def step() -> None:
         groups = rollout()
@@ -530,8 +557,8 @@ def grpo_ours(name: str, device: str) -> Callable[[], None]:
     return step
 
 
-def grpo_trl(name: str, device: str) -> Callable[[], None]:
-    """TRL's GRPOTrainer with the same prompts, lengths and rewards.
+def grpo_trl(name: str, device: str, count: int, n: int, r: int) -> Callable[[], None]:
+    """TRL's GRPOTrainer with the same prompts, lengths and rewards (r: with PEFT's adapters).
 
     It runs in a thread, and a callback lets one step through at a time.
     """
@@ -541,7 +568,7 @@ def grpo_trl(name: str, device: str) -> Callable[[], None]:
 
     _, tokenizer = load_config(name)
     tokenizer.padding_side = "left"
-    prompts = random_prompts(tokenizer, PROMPTS, PROMPT_LENGTH)
+    prompts = random_prompts(tokenizer, count, PROMPT_LENGTH)
     rows = datasets.Dataset.from_dict({"prompt": [tokenizer.decode(ids) for ids in prompts]})
     rng, go, done = random.Random(0), threading.Semaphore(0), threading.Semaphore(0)
 
@@ -557,8 +584,8 @@ def grpo_trl(name: str, device: str) -> Callable[[], None]:
 
     config = trl.GRPOConfig(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=PROMPTS * SAMPLES,
-        num_generations=SAMPLES,
+        per_device_train_batch_size=count * n,
+        num_generations=n,
         max_completion_length=NEW_TOKENS,
         generation_kwargs={"min_new_tokens": NEW_TOKENS},
         temperature=1.0,
@@ -574,6 +601,15 @@ def grpo_trl(name: str, device: str) -> Callable[[], None]:
         logging_strategy="no",
         disable_tqdm=True,
     )
+    adapters = None
+    if r:
+        import peft
+
+        import amft
+
+        args = amft.Args(lora_r=r)
+        targets = list(args.target_modules)
+        adapters = peft.LoraConfig(r=r, lora_alpha=args.lora_alpha, target_modules=targets)
     trainer = trl.GRPOTrainer(
         model=loaded(name, device),
         reward_funcs=random_rewards,
@@ -581,6 +617,7 @@ def grpo_trl(name: str, device: str) -> Callable[[], None]:
         train_dataset=rows,
         processing_class=tokenizer,
         callbacks=[OneAtATime()],
+        peft_config=adapters,
     )
     threading.Thread(target=trainer.train, daemon=True).start()
 

@@ -64,7 +64,10 @@ def test_pairs_have_their_functions():
                 assert callable(getattr(bench, side.split(":")[0]))
 
 
-@pytest.mark.parametrize("side", ["fomaml_ours:1:1:2:32", "lora_ours:1:32", "grpo_ours"])
+SMALL = ["fomaml_ours:1:1:2:32", "lora_ours:1:32", "grpo_ours:2:2:0", "grpo_ours:2:2:4"]
+
+
+@pytest.mark.parametrize("side", SMALL)
 def test_our_sides_take_a_step(side, monkeypatch):
     monkeypatch.setattr(bench, "NEW_TOKENS", 4)
     name, *numbers = side.split(":")
@@ -78,21 +81,22 @@ def test_our_sides_take_a_step(side, monkeypatch):
 def test_pairs_do_what_their_labels_say():
     """And have the targets of docs/cost.md."""
     sizes = f"T={bench.T}, K={bench.K}, {bench.ROWS} x {bench.LENGTH} tokens"
-    (fomaml, *others), lora, rollout, grpo = (
-        bench.PAIRS[name] for name in ("fomaml", "meta_lora", "rollout", "amft")
-    )
+    (fomaml, *others), lora, rollout, grpo, adapters = bench.PAIRS.values()
     assert sizes == "T=4, K=5, 4 x 96 tokens"
     assert sizes in fomaml.label
-    steps = f"{bench.PROMPTS} x {bench.SAMPLES} x ({bench.PROMPT_LENGTH} + {bench.NEW_TOKENS})"
-    assert steps == "8 x 8 x (40 + 64)"
-    assert steps in grpo[0].label
+    lengths = f"({bench.PROMPT_LENGTH} + {bench.NEW_TOKENS})"
+    assert lengths == "(40 + 64)"
+    for (pair,), count, r in ((grpo, 8, 0), (adapters, 4, 16)):
+        assert f"{count} x {count} x {lengths}" in pair.label
+        sides = (pair.ours, pair.peer)
+        assert sides == (f"grpo_ours:{count}:{count}:{r}", f"grpo_trl:{count}:{count}:{r}")
     assert {pair.ours for pair in (fomaml, *others)} == {"fomaml_ours"}
     assert [pair.ours for pair in lora] == ["lora_ours:4:96", "lora_ours:1:32"]
     assert [pair.peer for pair in lora] == ["lora_peft:4:96", "lora_peft:1:32"]
     targets = []
     for pairs in bench.PAIRS.values():
         targets.append([round(pair.target, 2) for pair in pairs])
-    assert targets == [[2.5, 1.0, 0.95], [1.2, 2.0], [6.0], [4.0]]
+    assert targets == [[2.5, 1.0, 0.95], [1.2, 2.0], [6.0], [4.0], [1.0]]
     assert bench.Args().names == ("fomaml", "meta_lora", "rollout", "amft", "checker", "startup")
     assert (bench.Args().repeats, bench.Args().warmup) == (7, 2)
     for interval, flag, good, bad in (
