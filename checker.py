@@ -69,6 +69,7 @@ JOINT = re.compile(
     r"|[和与或、，])*"
 )
 JOINING = re.compile(r"and|or|[,;和与或、，]")
+NAMED = re.compile(r"[A-Za-z](?:_\{?\w{1,3}\}?)?\s?=\s?$")
 OPENING = re.compile(r"\$\$|(?<!\\)\$|(?<!\\)\\\[|(?<!\\)\\\(")
 CLOSING = {"$$": "$$", "$": "$", "\\[": "\\]", "\\(": "\\)"}
 NUMBER = re.compile(
@@ -114,9 +115,11 @@ ENDING = re.compile(
     r"|\s\((?=(?!and\b|or\b|pi\b|sqrt|sin|cos|tan|log|ln)[a-z]{2})"
     r"|,\s+(?=(?!and\b|or\b|pi\b|sqrt|sin|cos|tan|log|ln|exp|where\b)[a-z]{2})"
 )
+COMPARED = r"(?:more|less|fewer|times|half|twice|higher|lower|older|younger|taller|longer|shorter)"
 REASON = re.compile(
-    r"\b(?:since|because|which(?! is -?[$\d])|where|approximately|approx|about|roughly|i\.e|not"
-    r"|as required)\b"
+    r"\b(?:since|because|which(?! is -?[$\d])|where"
+    rf"|which(?= is [$\d][\d.,]*(?: \w+)? {COMPARED}\b)"
+    r"|approximately|approx|about|roughly|i\.e|not|as required)\b"
     r"|[≈~]|\\approx",
     re.I,
 )
@@ -126,7 +129,25 @@ SO = re.compile(
 )
 DENIED = re.compile(r"\s(?:is|are|was|were)\s(?:wrong|incorrect|impossible|not\b)")
 NOT = re.compile(r"\b(?:not|cannot|can't|isn't|never)\b[ a-z]{0,20}[$ ]{0,3}$", re.I)
-COMPOUND = re.compile(r"\b\d+ [a-z]{3,12}(?:,? and|,)? \d+ [a-z]{3,12}\b")
+COMPOUND = re.compile(r"(?<![\d.,])\b\d+ ([a-z]{3,12})(?:,? and|,)? \d+ ([a-z]{3,12})\b")
+# What was given, behind what it led to: 540 meters in 7 days, $18 left out of his $50.
+GIVEN = re.compile(
+    r"\b(?:in|after|over|within|during|for|every)\s(?:(?:the|these|those|all|just|only) )?"
+    r"(?:(?:first|last|next) )?([\d.,]+)[ -](?:second|minute|hour|day|week|month|year)s?\b"
+    r"|\bout of (?:(?:the|his|her|their|its|a) )?(?:(?:original|initial|total|whole) )?([$\d]\S*)",
+    re.I,
+)
+# Of these a duration is the answer.
+LASTS = re.compile(
+    r"\b(?:finish|complete|reach|arrive|do it|be done|done|empty|fill|meet)\w*\b", re.I
+)
+# 2 + 1 = 3 bolts: what stands before the value is no part of it.
+ARITHMETIC = re.compile(r"[$(]*\d[-+*/\u2212\u00d7\u00f7\u00b7().,\d\s$%^]*=\s*(?=-?[$\d])")
+ITEM = re.compile(r"\s*\n?[ \t]*(?:[-*\u2022]|\(?\d{1,2}[.)])[ \t]+(\S[^\n]{0,59})(?=\n|$)")
+FIRST_STEP = re.compile(r"\n\s*1[.)]\s+[^\n]*[A-Za-z]{3}")
+MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
+DAY = r"\d{1,2}(?:st|nd|rd|th)?"
+DATE = re.compile(rf"{MONTH} {DAY}(?:,? \d{{4}})?|{DAY} {MONTH}(?: \d{{4}})?", re.I)
 PROSE = re.compile(r"[A-Za-z]{3}|[\u0400-\u1fff\u3040-\uffdc]")
 SENTENCE = re.compile(r"[.!](?=\s|$)|[\n。]")
 QUESTION = re.compile(r"[^.!?\n]{0,200}\?(?=\s)")
@@ -207,7 +228,7 @@ def _joined(text: str, parts: list[tuple[int, int, str]]) -> list[tuple[int, int
     groups: list[tuple[int, int, str]] = []
     for start, end, content in parts:
         if groups:
-            between = text[groups[-1][1] : start]
+            between = NAMED.sub("", text[groups[-1][1] : start])
             if len(between) <= 60 and JOINING.search(between) and JOINT.fullmatch(between):
                 groups[-1] = (groups[-1][0], end, f"{groups[-1][2]}, {content}")
                 continue
@@ -255,7 +276,7 @@ def _said(sentence: str) -> str | None:
     stated = stated[2] if stated and not NOT.search(stated[1]) else ""
     for whole in (sentence, stated, sentence.rpartition(": ")[2]):
         if not OPENING.search(sentence) and _readable(whole):
-            return whole.strip()
+            return _result(whole.strip())
     there = THERE_ARE.search(sentence)
     if there and (there[1][0].isdigit() or spelled(there[1])):
         return there[1]
@@ -263,21 +284,33 @@ def _said(sentence: str) -> str | None:
     return none[0] if none else None
 
 
+def _result(text: str) -> str:
+    """3 bolts of 2 + 1 = 3 bolts."""
+    m = ARITHMETIC.match(text)
+    return text[m.end() :] if m else text
+
+
 def _number(sentence: str, beside_formula: bool) -> str | None:
     """The number that a sentence gives; after a formula, none that only explains it."""
-    if compound := COMPOUND.search(sentence):
+    if re.search(r"\bneither\b", sentence, re.I):
+        return sentence.strip()
+    compound = COMPOUND.search(sentence)
+    if compound and all(known_unit(word) in UNITS.values() for word in compound.groups()):
         return compound[0]
     numbers = [n for n in NUMBER.finditer(sentence) if not DENIED.match(sentence, n.end())]
     numbers = [n for n in numbers if not NOT.search(sentence[max(0, n.start() - 30) : n.start()])]
     if not numbers:
         return None
+    if not LASTS.search(sentence):
+        given = {m.start(m.lastindex) for m in GIVEN.finditer(sentence)}
+        numbers = [n for n in numbers if n.start() not in given] or numbers
     first = numbers[0].start()
     if beside_formula:
         reason = REASON.search(sentence) or re.search(r"\bor\b|[=(]", sentence)
         return numbers[-1].group().strip() if not reason or first < reason.start() else None
     if reason := REASON.search(sentence, first):
         numbers = [n for n in numbers if n.start() < reason.start()]
-    if len(numbers) > 1 and re.search(r"\b(?:between|from)\b", sentence[:first], re.I):
+    if len(numbers) == 2 and re.search(r"\b(?:between|from)\b", sentence[:first], re.I):
         return sentence.strip()
     start, end = numbers[-1].span()
     for n in reversed(numbers[:-1]):  # 12 or 15
@@ -305,8 +338,22 @@ def _readable(text: str) -> bool:
     return True
 
 
+def _items(text: str) -> list[str]:
+    """Those of a list of formulas that a text begins with, if it has two or more."""
+    items, at = [], 0
+    while (m := ITEM.match(text, at)) and len(items) < 20:
+        items.append(m[1].strip(" .;,"))
+        at = m.end()
+    return items if len(items) > 1 and all(map(_readable, items)) else []
+
+
 def _clause(text: str) -> str:
     """The answer at the start of what follows "the answer is"."""
+    listed_below = text[:MAX_CHARS].lstrip(" *_:：")
+    if items := _items(listed_below):
+        return ", ".join(items)
+    if FIRST_STEP.match(listed_below):
+        return ""
     m = LEADING.match(text)
     text = text[m.end() if m else 0 :][:4000].lstrip()
     if m and re.search("approx|about", m.group(), re.I):
@@ -319,6 +366,9 @@ def _clause(text: str) -> str:
     while end and any(g[0] < end.start() < g[1] for g in groups):
         end = ENDING.search(text, end.end())
     clause = text[: end.start() if end else len(text)].strip(" \t*\"“”'`,:：")
+    if date := DATE.match(clause):
+        return date[0]
+    clause = _result(clause)
     if letter := CHOICE_IN_TEXT.match(text):
         return letter[1] if len(clause) > 3 and not _readable(clause) else clause
     bounds = re.match(r"(?:between|from|at least|at most|more|less)\b", clause, re.I)
@@ -345,8 +395,10 @@ def _stated(text: str) -> str | None:
         answer = _clause(rest)
         if not answer or answer.lower() in ("correct", "right", "wrong", "clear", "yes, correct"):
             continue
-        if DECIMAL_COMMA.search(m.group()) and re.fullmatch(r"-?\d+,\d{1,2}", answer):
-            answer = answer.replace(",", ".")
+        if DECIMAL_COMMA.search(m.group()) and re.fullmatch(
+            r"-?\d+,\d{1,2}(?:\s?[^\d\s]+)?", answer
+        ):
+            answer = answer.replace(",", ".", 1)
         corrected = CORRECTION.search(rest)
         if corrected and (later := _last_value(rest[corrected.end() :])):
             return later
