@@ -76,7 +76,8 @@ NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.])[-+\u2212]?[$\u20ac\u00a3]?"
     r"(?:\d{1,3}(?:[, ]\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))"
     r"(?:e[-+]?\d+|\s?[\u00d7x]\s?10\^?\{?-?\d+\}?)?"
-    r"(?:\s\d{1,4}/\d{1,4}|:\d+(?:\s?[ap]\.?m\b\.?)?|\s?/\s?\d+)?"
+    r"(?:\s\d{1,4}/\d{1,4}|:\d+(?:\s?[ap]\.?m\b\.?)?|\s?/\s?\d+|\^\{?-?\d+\}?|\s?(?:\u03c0|pi\b)"
+    r"|\s(?:hundred|thousand|million|billion)\b)?"
     r"(?:\s?\\?%|\s?percent|\u00b0)?",
     re.I,
 )
@@ -117,9 +118,10 @@ ENDING = re.compile(
 )
 COMPARED = r"(?:more|less|fewer|times|half|twice|higher|lower|older|younger|taller|longer|shorter)"
 REASON = re.compile(
-    r"\b(?:since|because|which(?! is -?[$\d])|where"
+    r"\b(?:since|because|which(?! (?:is|makes|gives|means|leaves|equals) -?[$\d])|where"
     rf"|which(?= is [$\d][\d.,]*(?: \w+)? {COMPARED}\b)"
-    r"|approximately|approx|about|roughly|i\.e|not|as required)\b"
+    r"|approximately|approx|about|roughly|i\.e|not|as required|(?:when|if)(?=[^,]*$)"
+    r"|in order to|occurs?|attained)\b"
     r"|[≈~]|\\approx",
     re.I,
 )
@@ -130,6 +132,13 @@ SO = re.compile(
 DENIED = re.compile(r"\s(?:is|are|was|were)\s(?:wrong|incorrect|impossible|not\b)")
 NOT = re.compile(r"\b(?:not|cannot|can't|isn't|never)\b[ a-z]{0,20}[$ ]{0,3}$", re.I)
 COMPOUND = re.compile(r"(?<![\d.,])\b\d+ ([a-z]{3,12})(?:,? and|,)? \d+ ([a-z]{3,12})\b")
+MIXED = (
+    {"year", "yr", "month", "week", "day", "hour", "hr", "minute", "min", "second", "sec"},
+    {"mile", "yard", "foot", "feet", "inch", "inche", "ft", "meter", "metre", "centimeter"},
+    {"pound", "ounce", "kilogram", "gram"},
+    {"dollar", "cent", "euro", "rupee", "paise"},
+    {"gallon", "quart", "pint", "cup", "liter", "litre", "milliliter"},
+)
 # What was given, behind what it led to: 540 meters in 7 days, $18 left out of his $50.
 GIVEN = re.compile(
     r"\b(?:in|after|over|within|during|for|every)\s(?:(?:the|these|those|all|just|only) )?"
@@ -137,20 +146,56 @@ GIVEN = re.compile(
     r"|\bout of (?:(?:the|his|her|their|its|a) )?(?:(?:original|initial|total|whole) )?([$\d]\S*)",
     re.I,
 )
+# What an article or a preposition marks as given, behind the answer: $36 on 4 books, 15 of the 45.
+MARKED_GIVEN = re.compile(
+    r"(?:(?<!\bis )(?<!\bare )\b(?:the|these|those|his|her|their|its|my|our|all|both)\s"
+    r"(?:(?:first|last|next|original|initial|same|whole) )?"
+    r"|\b(?:on|in|after|over|within|during|including|than|divided by|price of|\d [a-z]{1,12} of"
+    r"|\d of)\s)$",
+    re.I,
+)
+LISTED_ON = re.compile(r"[A-Za-z\s-]{0,40}(?:,|,? and)\s")  # the 3 cups, 2 forks and 6 spoons
+ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
+FOR = re.compile(r"\bfor\s(?:the )?$", re.I)
+ASIDE = re.compile(r"\([^()\n]{0,60}[A-Za-z]{2}[^()\n]{0,60}\)")  # 15 boys (25% of 60)
+LENGTHY = re.compile(
+    r"(?<=[a-z]) (?:long|tall|wide|deep|high|away|apart|left|in all|in total|altogether)$"
+)
+ASSUMED = re.compile(r"\b(?:with|if|when|since|for|given|as|because|from)\s*$", re.I)
+REMARK = re.compile(r"(?<=[.!])\s*\([^()\n]{0,200}[A-Za-z]{2}[^()\n]{0,200}\)\s*$")
+BOLD_WORD = re.compile(r"(?:^|\n)\s{0,9}\*\*([A-Za-z][A-Za-z ]{0,30}?)[.!]?\*\*[.!]?\s*$")
+RATIO = re.compile(r"\bratio\b.*?(-?\d[\d.]*) (?:to|is to) (-?\d[\d.]*)\W*$", re.I)
+# The formula that a sentence ends with, if it is more than a number.
+FORMULA = re.compile(
+    r"(?:(?<=\s)|^)(?:[^\sA-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f]"
+    r"|(?<![A-Za-z])(?:[A-Za-z]|pi|and|or|sqrt|sin|cos|tan|log|ln|exp)(?![A-Za-z])|\s)+$"
+)
+OPERATED = re.compile(r"[\dA-Za-z\u03c0\u221e)]\s?[-+*/^=<>\u2264\u2265]|\([^()]*,|\[[^\[\]]*,")
+# Whole paragraphs behind an answer that only check it.
+CHECK = re.compile(
+    r"\n\s{0,9}[\W_]{0,4}(?:(?:let(?:'s| us| me) )?(?:double-?)?(?:check|verify)(?:ing)?"
+    r"|verification|to (?:check|verify))\b[\s\S]*",
+    re.I,
+)
+CONCLUDES = re.compile(r"\b(?:so|thus|therefore|hence|final|answer|wrong|mistake|but|not)\b", re.I)
+CUT_OFF = re.compile(r"[-+*/=\u00d7\u00f7(^]\s*$")
+WHILE = re.compile(r"(?<=\d)\s(?:when|if)\s[^,]*$")
 # Of these a duration is the answer.
 LASTS = re.compile(
     r"\b(?:finish|complete|reach|arrive|do it|be done|done|empty|fill|meet)\w*\b", re.I
 )
 # 2 + 1 = 3 bolts: what stands before the value is no part of it.
-ARITHMETIC = re.compile(r"[$(]*\d[-+*/\u2212\u00d7\u00f7\u00b7().,\d\s$%^]*=\s*(?=-?[$\d])")
-ITEM = re.compile(r"\s*\n?[ \t]*(?:[-*\u2022]|\(?\d{1,2}[.)])[ \t]+(\S[^\n]{0,59})(?=\n|$)")
+ARITHMETIC = re.compile(
+    r"(?:[$(]*\d|[CP]\(\d)[-+*/\u2212\u00d7\u00f7\u00b7().,!\d\s$%^CP]*=\s*(?=-?[$\d])"
+)
+ITEM = re.compile(r"\s{0,9}(?:[-*\u2022]|\(?\d{1,2}[.)])[ \t]+(\S[^\n]{0,59})(?=\n|$)")
 FIRST_STEP = re.compile(r"\n\s*1[.)]\s+[^\n]*[A-Za-z]{3}")
 MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
 DAY = r"\d{1,2}(?:st|nd|rd|th)?"
 DATE = re.compile(rf"{MONTH} {DAY}(?:,? \d{{4}})?|{DAY} {MONTH}(?: \d{{4}})?", re.I)
 PROSE = re.compile(r"[A-Za-z]{3}|[\u0400-\u1fff\u3040-\uffdc]")
 SENTENCE = re.compile(r"[.!](?=\s|$)|[\n。]")
-QUESTION = re.compile(r"[^.!?\n]{0,200}\?(?=\s)")
+QUESTION = re.compile(r"[^.!?\n]{0,200}\?(?=\s|$)")
 STATED_LAST = re.compile(r"(.*\b(?:is|are|equals?|be)\s)(.+)")
 THERE_ARE = re.compile(
     r"\b[Tt]here (?:are|is|were)\s(?:exactly |only )?(\d[\d,]*|[a-z-]+)\b(?! more|.*, .*\d)"
@@ -244,8 +289,11 @@ def _without_markdown(text: str) -> str:
 
 
 def _last_value(text: str) -> str | None:
-    """The last formula or number, without what only explains it."""
-    text = QUESTION.sub(" ", text)
+    """The last formula or number, without what only explains or checks it."""
+    text = REMARK.sub("", QUESTION.sub(" ", text))
+    check = CHECK.search(text)
+    if check and re.search(r"\d", text[: check.start()]) and not CONCLUDES.search(check[0]):
+        text = text[: check.start()]
     formulas = []
     for start, end, content in _formulas(text):
         if NO_ANSWER.match(content):
@@ -272,16 +320,37 @@ def _last_value(text: str) -> str | None:
 
 def _said(sentence: str) -> str | None:
     """A sentence that is nothing but mathematics, or says it after "is", "there are" or a colon."""
+    sentence = WHILE.sub("", sentence)
+    if ratio := RATIO.search(sentence):
+        return f"{ratio[1]}:{ratio[2]}"
+    if formula := _formula_at_the_end(sentence):
+        return _result(formula)
     stated = STATED_LAST.search(sentence)
     stated = stated[2] if stated and not NOT.search(stated[1]) else ""
     for whole in (sentence, stated, sentence.rpartition(": ")[2]):
         if not OPENING.search(sentence) and _readable(whole):
-            return _result(whole.strip())
+            return LENGTHY.sub("", _result(whole.strip()))
     there = THERE_ARE.search(sentence)
     if there and (there[1][0].isdigit() or spelled(there[1])):
         return there[1]
     none = NONE.search(sentence)
     return none[0] if none else None
+
+
+def _formula_at_the_end(sentence: str) -> str | None:
+    """x > 3 of "so we get x > 3": more than a number, and nothing but mathematics."""
+    if OPENING.search(sentence):
+        return None
+    sentence = re.sub(r"(?:\bis )?\bequals?(?: to)?\b", "=", sentence)
+    first = NUMBER.search(sentence)
+    if first and (reason := REASON.search(sentence, first.start())):
+        sentence = sentence[: reason.start()]
+    m = FORMULA.search(sentence)
+    if m and ASSUMED.search(sentence[: m.start()]):
+        return m[0].rpartition(", ")[2].rpartition("=")[2].strip() or None
+    formula = m[0].rpartition(": ")[2].strip(" ,:;=") if m else ""
+    formula = re.sub(r"^(?:and|or|a|A|I)\s+", "", formula)
+    return formula if OPERATED.search(formula) and _readable(formula) else None
 
 
 def _result(text: str) -> str:
@@ -295,15 +364,14 @@ def _number(sentence: str, beside_formula: bool) -> str | None:
     if re.search(r"\bneither\b", sentence, re.I):
         return sentence.strip()
     compound = COMPOUND.search(sentence)
-    if compound and all(known_unit(word) in UNITS.values() for word in compound.groups()):
+    if compound and any({w.removesuffix("s") for w in compound.groups()} <= m for m in MIXED):
         return compound[0]
     numbers = [n for n in NUMBER.finditer(sentence) if not DENIED.match(sentence, n.end())]
     numbers = [n for n in numbers if not NOT.search(sentence[max(0, n.start() - 30) : n.start()])]
     if not numbers:
         return None
     if not LASTS.search(sentence):
-        given = {m.start(m.lastindex) for m in GIVEN.finditer(sentence)}
-        numbers = [n for n in numbers if n.start() not in given] or numbers
+        numbers = _without_given(sentence, numbers)
     first = numbers[0].start()
     if beside_formula:
         reason = REASON.search(sentence) or re.search(r"\bor\b|[=(]", sentence)
@@ -320,6 +388,36 @@ def _number(sentence: str, beside_formula: bool) -> str | None:
     if re.search(r"\b(?:and|or)\b", sentence[start:end]):
         return sentence[start:end]
     return _with_unit(numbers[-1].group().strip(), sentence[end:])
+
+
+def _without_given(sentence: str, numbers: list[re.Match]) -> list[re.Match]:
+    """The numbers without those behind the first that the sentence marks as given."""
+    given = {m.start(m.lastindex) for m in GIVEN.finditer(sentence)}
+    aside = [m.span() for m in ASIDE.finditer(sentence)]
+    kept: list[re.Match] = []
+    dropped, money = None, False  # the number before, if it was; whether money is among them
+    for n in numbers:
+        before = sentence[max(0, n.start() - 30) : n.start()]
+        beside = dropped and LISTED_ON.fullmatch(sentence, dropped.end(), n.start())
+        dropped = None
+        is_money = n[0].lstrip("+-")[0] in "$€£"
+        ordinal = ORDINAL.match(sentence, n.end())
+        if (
+            kept
+            and not ordinal
+            and (
+                beside
+                or n.start() in given
+                or MARKED_GIVEN.search(before)
+                or any(a < n.start() < b for a, b in aside)
+                or (money and not is_money and FOR.search(before))
+            )
+        ):
+            dropped = n
+        else:
+            kept.append(n)
+            money = money or is_money
+    return kept
 
 
 def _with_unit(answer: str, rest: str) -> str:
@@ -379,6 +477,9 @@ def _clause(text: str) -> str:
         or _readable(clause)
     ):
         return clause
+    first = NUMBER.match(clause)
+    if first and re.match(r" [a-z]{2,}, (?!or|so|and|i\.e|that is)", clause[first.end() :]):
+        return _with_unit(first[0].strip(), clause[first.end() :])
     return _last_value(clause) or clause
 
 
@@ -432,6 +533,7 @@ def extract_answer(text: str) -> str | None:
     if fields := list(JSON_FIELD.finditer(text[-MAX_TAIL:])):
         value = fields[-1][1] if fields[-1][1] is not None else fields[-1][2]
         return value.replace('\\"', '"').replace("\\\\", "\\").strip()
+    bold = BOLD_WORD.search(text[-MAX_TAIL:])
     text = _without_markdown(text[-MAX_TAIL:])
     if (at := text.rfind("####")) >= 0:
         line = text[at + 4 :].lstrip("# ").split("\n", 1)[0].strip()
@@ -439,6 +541,10 @@ def extract_answer(text: str) -> str | None:
             return line[:MAX_CHARS]
     if answer := _stated(text):
         return answer
+    if bold:
+        return bold[1]
+    if CUT_OFF.search(text):
+        return None
     formulas = _formulas(text[:300])
     prose = PROSE.search(text[: formulas[0][0]]) if formulas else None
     if len(text) <= 300 and text.strip() and not prose and _readable(text):
@@ -566,6 +672,7 @@ def spelled(s: str) -> str:
 def words(s: str) -> str:
     """An answer that cannot be read, for comparison: without white space and the case of words."""
     s = re.sub(r"\\(?:text|mbox|mathrm|textbf)[a-z]{0,4}\s?\{([^{}]*)\}", r"\1", s)
+    s = re.sub(r"^\s*(?:an?|the)\s+(?=[A-Za-z]{3})", "", s, flags=re.I)
     s = re.sub(r"(?<!\d)\s+|\s+(?!\d)|\\[,;!]|(?<!\\)\$", "", s)  # "2 3" is not 23
     s = re.sub(r"[A-Za-z]{2,}", lambda m: m.group().lower(), s)
     none = NO_VALUE.fullmatch(s) if len(s) < 60 else None
@@ -605,7 +712,7 @@ DROPPED = {"\\ ", *listed(
     r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \middle \limits "
     r"\displaystyle \textstyle \nolimits \rm \bf \it \large \Large \LARGE \huge \Huge \small "
     r"\quad \qquad \, \; \: \! \boxed \fbox \underline \boldsymbol \bm \mathcal \mathfrak \mathscr "
-    r"\mathsf"
+    r"\mathsf \therefore"
 )}  # fmt: skip
 TEXT_SIGNS = {"and": "and", "or": "or", ",": ",", "%": "%", r"\%": "%", "percent": "%"}
 TEXT_SIGNS |= {"degrees": r"\deg", "degree": r"\deg", "if": "if"}
@@ -1730,7 +1837,7 @@ class Same:
             return self(x[2], y)
         if len(x) > 4 and symbols(x[2]) and not symbols(x[3:]):
             x = (*x[:2], *x[3:])  # a + b = 3 + 14 = 17
-        if symbols(x) or x[2][0] in STRUCTURES:
+        if x[2][0] in STRUCTURES:
             return False
         return all(self.scalars(x[2], t) for t in x[3:]) and self(x[-1], y)
 
