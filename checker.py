@@ -121,7 +121,7 @@ REASON = re.compile(
     r"\b(?:since|because|which(?! (?:is|makes|gives|means|leaves|equals) -?[$\d])|where"
     rf"|which(?= is [$\d][\d.,]*(?: \w+)? {COMPARED}\b)"
     r"|approximately|approx|about|roughly|i\.e|not|as required|(?:when|if)(?=[^,]*$)"
-    r"|in order to|occurs?|attained)\b"
+    r"|in order to|occurs?|attained|each \w+ing|after (?:\w+ing|he|she|they|it|we|you|I))\b"
     r"|[≈~]|\\approx",
     re.I,
 )
@@ -143,6 +143,8 @@ MIXED = (
 GIVEN = re.compile(
     r"\b(?:in|after|over|within|during|for|every)\s(?:(?:the|these|those|all|just|only) )?"
     r"(?:(?:first|last|next) )?([\d.,]+)[ -](?:second|minute|hour|day|week|month|year)s?\b"
+    r"|\bat (?:a (?:rate|speed|price) of )?([$\d][\d.,]*) (?:\w+ )?(?:per|an|each|every|apiece)\b"
+    r"|\bfor (?:the )?(\d+) \w+ to\b"
     r"|\bout of (?:(?:the|his|her|their|its|a) )?(?:(?:original|initial|total|whole) )?([$\d]\S*)",
     re.I,
 )
@@ -155,9 +157,12 @@ MARKED_GIVEN = re.compile(
     re.I,
 )
 LISTED_ON = re.compile(r"[A-Za-z\s-]{0,40}(?:,|,? and)\s")  # the 3 cups, 2 forks and 6 spoons
+TIME = re.compile(r"[ -](?:second|minute|hour|day|week|month|year)s?\b")
 ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
 FOR = re.compile(r"\bfor\s(?:the )?$", re.I)
-ASIDE = re.compile(r"\([^()\n]{0,60}[A-Za-z]{2}[^()\n]{0,60}\)")  # 15 boys (25% of 60)
+ASIDE = re.compile(  # 15 boys (25% of 60)
+    r"\s\((?!mod|sin|cos|tan|log|sqrt)[^()\n]{0,60}(?<![a-z\\])[a-z]{2,}\b[^()\n]{0,60}\)"
+)
 LENGTHY = re.compile(
     r"(?<=[a-z]) (?:long|tall|wide|deep|high|away|apart|left|in all|in total|altogether)$"
 )
@@ -178,15 +183,31 @@ CHECK = re.compile(
     re.I,
 )
 CONCLUDES = re.compile(r"\b(?:so|thus|therefore|hence|final|answer|wrong|mistake|but|not)\b", re.I)
-CUT_OFF = re.compile(r"[-+*/=\u00d7\u00f7(^]\s*$")
+CUT_OFF = re.compile(
+    r"(?:[-+*/=\u00d7\u00f7(^]"
+    r"|\b(?:(?<!it )is|are|equals|of|the|and|or|to|by|with|from|which|that|requires))\s*$"
+)
+# Closing courtesies, and what an answer means for repeated trials.
+COURTESY = re.compile(
+    r"[\n.!]\s{0,9}(?:(?:let me know|i hope|feel free|please (?:let|feel)"
+    r"|if you (?:have|need|want|would))\b"
+    r"|this means (?:that )?(?:in|on average|for every|about|out of|\d+ out of)\b)[^\n]*$",
+    re.I,
+)
+BOLD_VALUE = re.compile(
+    r"\b(?:so|thus|therefore|hence|is|are|total)\b[^.\n*]{0,80}\*\*([-$\\(]{0,3}\d[^*\n]{0,40})\*\*",
+    re.I,
+)
+REMAIN = re.compile(r"\b([A-Za-z-]+) [a-z]+ (?:remain|are left)\b")
 WHILE = re.compile(r"(?<=\d)\s(?:when|if)\s[^,]*$")
 # Of these a duration is the answer.
 LASTS = re.compile(
-    r"\b(?:finish|complete|reach|arrive|do it|be done|done|empty|fill|meet)\w*\b", re.I
+    r"\b(?:finish|complete|reach|arrive|do it|done|empty|fill|meet)(?:e?s|e?d)?\b", re.I
 )
 # 2 + 1 = 3 bolts: what stands before the value is no part of it.
 ARITHMETIC = re.compile(
-    r"(?:[$(]*\d|[CP]\(\d)[-+*/\u2212\u00d7\u00f7\u00b7().,!\d\s$%^CP]*=\s*(?=-?[$\d])"
+    r"(?:[$(\\]*\d|[CP]\(\d)(?:[-+*/\u2212\u00d7\u00f7\u00b7().,!\d\s$%^CP]|\\[$%]|\\times|\\cdot|\\div)*"
+    r"=\s*(?=-?\\?[$\d])"
 )
 ITEM = re.compile(r"\s{0,9}(?:[-*\u2022]|\(?\d{1,2}[.)])[ \t]+(\S[^\n]{0,59})(?=\n|$)")
 FIRST_STEP = re.compile(r"\n\s*1[.)]\s+[^\n]*[A-Za-z]{3}")
@@ -291,6 +312,9 @@ def _without_markdown(text: str) -> str:
 def _last_value(text: str) -> str | None:
     """The last formula or number, without what only explains or checks it."""
     text = REMARK.sub("", QUESTION.sub(" ", text))
+    courtesy = COURTESY.search(text)
+    if courtesy and re.search(r"\d", text[: courtesy.start()]):
+        text = text[: courtesy.start() + 1]
     check = CHECK.search(text)
     if check and re.search(r"\d", text[: check.start()]) and not CONCLUDES.search(check[0]):
         text = text[: check.start()]
@@ -320,7 +344,7 @@ def _last_value(text: str) -> str | None:
 
 def _said(sentence: str) -> str | None:
     """A sentence that is nothing but mathematics, or says it after "is", "there are" or a colon."""
-    sentence = WHILE.sub("", sentence)
+    sentence = ASIDE.sub("", WHILE.sub("", sentence))
     if ratio := RATIO.search(sentence):
         return f"{ratio[1]}:{ratio[2]}"
     if formula := _formula_at_the_end(sentence):
@@ -333,6 +357,8 @@ def _said(sentence: str) -> str | None:
     there = THERE_ARE.search(sentence)
     if there and (there[1][0].isdigit() or spelled(there[1])):
         return there[1]
+    if (remain := REMAIN.search(sentence)) and spelled(remain[1].lower()):
+        return remain[1]
     none = NONE.search(sentence)
     return none[0] if none else None
 
@@ -364,14 +390,15 @@ def _number(sentence: str, beside_formula: bool) -> str | None:
     if re.search(r"\bneither\b", sentence, re.I):
         return sentence.strip()
     compound = COMPOUND.search(sentence)
+    if compound and re.search(r"\d:\d\d", sentence[compound.end() :]):
+        compound = None
     if compound and any({w.removesuffix("s") for w in compound.groups()} <= m for m in MIXED):
         return compound[0]
     numbers = [n for n in NUMBER.finditer(sentence) if not DENIED.match(sentence, n.end())]
     numbers = [n for n in numbers if not NOT.search(sentence[max(0, n.start() - 30) : n.start()])]
     if not numbers:
         return None
-    if not LASTS.search(sentence):
-        numbers = _without_given(sentence, numbers)
+    numbers = _without_given(sentence, numbers)
     first = numbers[0].start()
     if beside_formula:
         reason = REASON.search(sentence) or re.search(r"\bor\b|[=(]", sentence)
@@ -394,6 +421,7 @@ def _without_given(sentence: str, numbers: list[re.Match]) -> list[re.Match]:
     """The numbers without those behind the first that the sentence marks as given."""
     given = {m.start(m.lastindex) for m in GIVEN.finditer(sentence)}
     aside = [m.span() for m in ASIDE.finditer(sentence)]
+    lasts = LASTS.search(sentence)
     kept: list[re.Match] = []
     dropped, money = None, False  # the number before, if it was; whether money is among them
     for n in numbers:
@@ -401,10 +429,10 @@ def _without_given(sentence: str, numbers: list[re.Match]) -> list[re.Match]:
         beside = dropped and LISTED_ON.fullmatch(sentence, dropped.end(), n.start())
         dropped = None
         is_money = n[0].lstrip("+-")[0] in "$€£"
-        ordinal = ORDINAL.match(sentence, n.end())
+        stays = ORDINAL.match(sentence, n.end()) or lasts and TIME.match(sentence, n.end())
         if (
             kept
-            and not ordinal
+            and not stays
             and (
                 beside
                 or n.start() in given
@@ -507,8 +535,24 @@ def _stated(text: str) -> str | None:
     return None
 
 
+def _bold_value(text: str) -> re.Match | None:
+    """The last "so it is **26**" that no other conclusion follows."""
+    *_, last = None, *BOLD_VALUE.finditer(text)
+    if last and _readable(last[1].strip(". ")) and not CONCLUDES.search(text, last.end()):
+        return last
+    return None
+
+
 def extract_answer(text: str) -> str | None:
-    r"""The final answer in a model's text, or None. In what follows the last </think>: the last
+    """The final answer in a model's text, or None."""
+    answer = _extracted(text)
+    if answer and "$" in answer and ARITHMETIC.match(answer):  # \\$20 + \\$4 = \\$24
+        answer = re.sub(r"\\?\$", "", answer)
+    return answer
+
+
+def _extracted(text: str) -> str | None:
+    r"""In what follows the last </think>: the last
     complete \boxed{} (several joined by "and" or commas are one list) unless a statement after it
     corrects it, else the <answer> or "answer" field, "#### x", the last "the answer is", a text
     that is nothing but mathematics, the last formula or number. Linear in its length."""
@@ -526,14 +570,14 @@ def extract_answer(text: str) -> str | None:
             return later
         return boxes[-1][2]
     if boxed:  # never finished
-        text = text[: max(text.rfind("\\boxed"), text.rfind("\\fbox"), 0)]
+        text = text[: max(text.rfind("\\boxed"), text.rfind("\\fbox"), 0)].rstrip(" $")
     if (at := text.rfind("<answer>")) >= 0:
         inside = text[at + 8 :].partition("</answer>")[0].strip()
-        return inside if _readable(inside) else extract_answer(inside) or inside
+        return inside if _readable(inside) else _extracted(inside) or inside
     if fields := list(JSON_FIELD.finditer(text[-MAX_TAIL:])):
         value = fields[-1][1] if fields[-1][1] is not None else fields[-1][2]
         return value.replace('\\"', '"').replace("\\\\", "\\").strip()
-    bold = BOLD_WORD.search(text[-MAX_TAIL:])
+    bold = BOLD_WORD.search(text[-MAX_TAIL:]) or _bold_value(text[-MAX_TAIL:])
     text = _without_markdown(text[-MAX_TAIL:])
     if (at := text.rfind("####")) >= 0:
         line = text[at + 4 :].lstrip("# ").split("\n", 1)[0].strip()
@@ -542,7 +586,7 @@ def extract_answer(text: str) -> str | None:
     if answer := _stated(text):
         return answer
     if bold:
-        return bold[1]
+        return bold[1].strip(". ")
     if CUT_OFF.search(text):
         return None
     formulas = _formulas(text[:300])
