@@ -640,6 +640,10 @@ def test_batch_of_rows():
     assert batch.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(batch[name], value), name
+    first.importance = [0.5, 2.0]  # of an engine's sample, beside a demonstration
+    importance = torch.ones(2, 31)
+    importance[0, 2:4] = torch.tensor([0.5, 2.0])
+    assert torch.equal(amft.collate_rows([first, second], 9, CPU)["importance"], importance)
     for length, padded in ((30, 32), (31, 64)):
         assert amft.collate_rows([row_of(length)], 0, CPU)["ids"].shape == (1, padded)
 

@@ -494,6 +494,12 @@ def test_prepared_folders_that_lack_something(tmp_path):
     two = Task("S!", [first, second], [first], tasks[0].test)
     data.write_prepared([two], tmp_path / "two")
     assert [t.name for t in load_tasks(str(tmp_path / "two"))] == ["s_"]
+    shared = data.replace(tasks[1].test[0], id="another")
+    for name in ("support", "query"):  # what is tested is not trained on
+        rows = [*getattr(tasks[1], name), shared]
+        data.write_prepared([data.replace(tasks[1], **{name: rows})], tmp_path / name)
+        (task,) = load_tasks(str(tmp_path / name))
+        assert [len(rows) for rows in (task.support, task.query, task.test)] == [2] * 3, name
     (folder / "few_shot_eval" / "b_test.parquet").unlink()
     with pytest.raises(DataError) as error:
         load_tasks(str(folder))

@@ -229,7 +229,11 @@ def test_folders(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{i}.json").write_text(json.dumps(row, indent=1))
     (tmp_path / "json").mkdir()
-    (tmp_path / "json" / "a.json").write_text(json.dumps({"train": rows[:6], "test": rows[6:]}))
+    parts = {"train": rows[:6], "test": rows[6:]}
+    (tmp_path / "json" / "a.json").write_text(json.dumps(parts))
+    (tmp_path / "dev.json").write_text(json.dumps(parts | {"validation": rows[6:]}))
+    splits = [(source[-10:], is_test) for source, is_test, _ in local_tables(tmp_path / "dev.json")]
+    assert splits == [("json/train", False), (".json/test", True), ("validation", False)]
     for name in ("dict", "hub", "MATH", "json"):
         assert sizes(tmp_path / name) == (6, 3), name
         [task] = load_tasks(str(tmp_path / name))

@@ -234,6 +234,7 @@ def test_general_points_rewards():
     assert judged('{"formula": "8/(3-8/3)=24"}', "3 3 8 8").won
     assert judged('{"cards": ["10"], "formula": "(10-4)*4/A"}', "Q 4 4 A").reward == -3
     assert judged('{"formula": "(10-4)*4/1"}', "Q 4 4 A").won
+    assert judged('{"formula": "(10+1)*4"}', "Q 4 4 A").reward == -2  # one of the two fours
     good = '{"cards": ["8", "7", "4", "8"], "number": [], "formula": "(7-8/8)*4=24"}'
     assert judged(good, vision=True).won
     assert judged(good.replace('"8", "7"', '"9", "7"'), vision=True).reward == -1.5

@@ -1335,6 +1335,25 @@ def test_replicas_equal_one_rank(small_model, sums, tmp_path):
     more = ["--replicas", "2", "--output-dir", tmp_path / "2"]
     run_well("fomaml.py", *flags, *more, ranks=2)
     assert_close_runs(tmp_path / "2", tmp_path / "1")
+    tokens = tokens_of(tmp_path / "1")  # of the first replica, times two: about as many
+    assert tokens_of(tmp_path / "2") == pytest.approx(tokens, rel=0.2)
+
+
+def tokens_of(folder: Path) -> list[int]:
+    """Those of each step, which are logged by the second."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [round(row["tokens_per_second"] * row["seconds"]) for row in rows]
+
+
+def test_two_shards_with_learned_rates_equal_one_rank(small_model, sums, tmp_path):
+    """The rates' gradient is of all weights, not of a rank's; both ranks see the same tokens."""
+    flags = [*settings_of("fomaml", small_model, sums), *THREE_STEPS, "--eval-every", "-1"]
+    flags += ["--learn-inner-lr", "scalar", "--rate-lr", "0.3", "--inner-optimizer", "sgd"]
+    flags += ["--inner-lr", "0.05"]
+    assert run_here(fomaml, *flags, "--output-dir", tmp_path / "1") == 0
+    run_well("fomaml.py", *flags, "--output-dir", tmp_path / "2", ranks=2)
+    assert_close_runs(tmp_path / "2", tmp_path / "1")
+    assert tokens_of(tmp_path / "2") == tokens_of(tmp_path / "1")
 
 
 def test_tasks_per_forward_change_nothing(small_model, sums, tmp_path):
