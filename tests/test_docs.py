@@ -21,6 +21,7 @@ PROGRAMS = {
     "bench_gpu.py": ROOT / "bench_gpu.py",
     "studies/few_shot/run.py": ROOT / "studies" / "few_shot" / "run.py",
     "studies/balance/run.py": ROOT / "studies" / "balance" / "run.py",
+    "studies/real_model/run.py": ROOT / "studies" / "real_model" / "run.py",
     "-m tiny.train": ROOT / "tiny" / "train.py",
     "-m tiny.conditions": ROOT / "tiny" / "conditions.py",
     "-m games": ROOT / "games" / "__main__.py",
