@@ -789,8 +789,8 @@ def test_what_preparing_says(tmp_path, capsys):
     with pytest.raises(DataError) as error:
         data.main(data.Args(str(tmp_path / "none"), str(tmp_path)))
     assert str(error.value) == (
-        "an empty split: few0 (support), few1 (support), few2 (support), few3 (support), "
-        "few4 (support); use fewer tasks or other ratios"
+        "an empty split: few0 (support), few0 (test), few1 (support), few1 (test), few2 (support); "
+        "use fewer tasks or other ratios"
     )
     with pytest.raises(DataError, match=r"an empty split: a \(test\), longer name \(test\);"):
         data.main(data.Args(str(tmp_path / "none"), str(tmp_path / "few"), query_ratio=0.7))
