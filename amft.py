@@ -1589,18 +1589,23 @@ def build(args: Args, config, world: World) -> Policy:
     turn_off_dropout(policy)
     check_head(policy, world)
     if args.lora_r:
-        policy.adapters = Adapters(
-            policy.lm,
-            r=args.lora_r,
-            alpha=args.lora_alpha,
-            dropout=0.0,
-            target_modules=args.target_modules,
-            rank_stabilised=False,
-            seed=args.seed,
-            device=world.device,
-        )
-        policy.adapters.train_phi()
+        add_adapters(args, policy, world.device)
     return policy.train()
+
+
+def add_adapters(args: Args, policy: Policy, device: torch.device) -> None:
+    """What is trained in place of its frozen weights."""
+    policy.adapters = Adapters(
+        policy.lm,
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=0.0,
+        target_modules=args.target_modules,
+        rank_stabilised=False,
+        seed=args.seed,
+        device=device,
+    )
+    policy.adapters.train_phi()
 
 
 def vllm_engine(args: Args, config, policy: Policy, optimizer, longest: int) -> VllmSampler:

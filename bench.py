@@ -38,7 +38,6 @@ import tyro
 
 import policy
 from data import Encoded, Episode, Example, check_numbers, collate
-from lora import Adapters
 from model import World, gathered, load_config, load_weights, set_gradients, token_loss
 from sources import read_rows
 
@@ -513,17 +512,7 @@ def grpo_ours(name: str, device: str, count: int, n: int, r: int) -> Callable[[]
     lm = policy.Policy(loaded(name, device), value_head=False).train()
     if r:
         lm.requires_grad_(False)
-        lm.adapters = Adapters(
-            lm.lm,
-            r=r,
-            alpha=args.lora_alpha,
-            dropout=0.0,
-            target_modules=args.target_modules,
-            rank_stabilised=False,
-            seed=0,
-            device=torch.device(device),
-        )
-        lm.adapters.train_phi()
+        amft.add_adapters(args, lm, torch.device(device))
     weights = {"params": [p for _, p in amft.trained_weights(lm)], "lr": 1e-6, "peak": 1e-6}
     optimizer = torch.optim.AdamW([weights], fused=True)
     world = World(torch.device(device))

@@ -139,10 +139,12 @@ MIXED = (
     {"dollar", "cent", "euro", "rupee", "paise"},
     {"gallon", "quart", "pint", "cup", "liter", "litre", "milliliter"},
 )
+DURATION = r"[ -](?:second|minute|hour|day|week|month|year)s?\b"
+TIME = re.compile(DURATION)
 # What was given, behind what it led to: 540 meters in 7 days, $18 left out of his $50.
 GIVEN = re.compile(
     r"\b(?:in|after|over|within|during|for|every)\s(?:(?:the|these|those|all|just|only) )?"
-    r"(?:(?:first|last|next) )?([\d.,]+)[ -](?:second|minute|hour|day|week|month|year)s?\b"
+    rf"(?:(?:first|last|next) )?([\d.,]+){DURATION}"
     r"|\bat (?:a (?:rate|speed|price) of )?([$\d][\d.,]*) (?:\w+ )?(?:per|an|each|every|apiece)\b"
     r"|\bfor (?:the )?(\d+) \w+ to\b"
     r"|\bout of (?:(?:the|his|her|their|its|a) )?(?:(?:original|initial|total|whole) )?([$\d]\S*)",
@@ -157,7 +159,6 @@ MARKED_GIVEN = re.compile(
     re.I,
 )
 LISTED_ON = re.compile(r"[A-Za-z\s-]{0,40}(?:,|,? and)\s")  # the 3 cups, 2 forks and 6 spoons
-TIME = re.compile(r"[ -](?:second|minute|hour|day|week|month|year)s?\b")
 ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
 FOR = re.compile(r"\bfor\s(?:the )?$", re.I)
 ASIDE = re.compile(  # 15 boys (25% of 60)
@@ -195,7 +196,8 @@ COURTESY = re.compile(
     re.I,
 )
 BOLD_VALUE = re.compile(
-    r"\b(?:so|thus|therefore|hence|is|are|total)\b[^.\n*]{0,80}\*\*([-$\\(]{0,3}\d[^*\n]{0,40})\*\*",
+    r"\b(?:so|thus|therefore|hence|is|are|total)\b[^.\n*]{0,80}"
+    r"\*\*([-$\\(]{0,3}\d[^*\n]{0,40})\*\*",
     re.I,
 )
 REMAIN = re.compile(r"\b([A-Za-z-]+) [a-z]+ (?:remain|are left)\b")
@@ -206,7 +208,8 @@ LASTS = re.compile(
 )
 # 2 + 1 = 3 bolts: what stands before the value is no part of it.
 ARITHMETIC = re.compile(
-    r"(?:[$(\\]*\d|[CP]\(\d)(?:[-+*/\u2212\u00d7\u00f7\u00b7().,!\d\s$%^CP]|\\[$%]|\\times|\\cdot|\\div)*"
+    r"(?:[$(\\]*\d|[CP]\(\d)"
+    r"(?:[-+*/\u2212\u00d7\u00f7\u00b7().,!\d\s$%^CP]|\\[$%]|\\times|\\cdot|\\div)*"
     r"=\s*(?=-?\\?[$\d])"
 )
 ITEM = re.compile(r"\s{0,9}(?:[-*\u2022]|\(?\d{1,2}[.)])[ \t]+(\S[^\n]{0,59})(?=\n|$)")
@@ -389,11 +392,11 @@ def _number(sentence: str, beside_formula: bool) -> str | None:
     """The number that a sentence gives; after a formula, none that only explains it."""
     if re.search(r"\bneither\b", sentence, re.I):
         return sentence.strip()
-    compound = COMPOUND.search(sentence)
-    if compound and re.search(r"\d:\d\d", sentence[compound.end() :]):
-        compound = None
-    if compound and any({w.removesuffix("s") for w in compound.groups()} <= m for m in MIXED):
-        return compound[0]
+    if compound := COMPOUND.search(sentence):
+        units = {word.removesuffix("s") for word in compound.groups()}
+        clock = re.search(r"\d:\d\d", sentence[compound.end() :])
+        if not clock and any(units <= mixed for mixed in MIXED):
+            return compound[0]
     numbers = [n for n in NUMBER.finditer(sentence) if not DENIED.match(sentence, n.end())]
     numbers = [n for n in numbers if not NOT.search(sentence[max(0, n.start() - 30) : n.start()])]
     if not numbers:
@@ -430,17 +433,14 @@ def _without_given(sentence: str, numbers: list[re.Match]) -> list[re.Match]:
         dropped = None
         is_money = n[0].lstrip("+-")[0] in "$€£"
         stays = ORDINAL.match(sentence, n.end()) or lasts and TIME.match(sentence, n.end())
-        if (
-            kept
-            and not stays
-            and (
-                beside
-                or n.start() in given
-                or MARKED_GIVEN.search(before)
-                or any(a < n.start() < b for a, b in aside)
-                or (money and not is_money and FOR.search(before))
-            )
-        ):
+        is_given = (
+            beside
+            or n.start() in given
+            or MARKED_GIVEN.search(before)
+            or any(a < n.start() < b for a, b in aside)
+            or (money and not is_money and FOR.search(before))
+        )
+        if kept and is_given and not stays:
             dropped = n
         else:
             kept.append(n)
@@ -544,18 +544,19 @@ def _bold_value(text: str) -> re.Match | None:
 
 
 def extract_answer(text: str) -> str | None:
-    """The final answer in a model's text, or None."""
+    r"""The final answer in a model's text, or None. In what follows the last </think>: the last
+    complete \boxed{} (several joined by "and" or commas are one list) unless a statement after it
+    corrects it, else the <answer> or "answer" field, "#### x", the last "the answer is", a bold
+    value behind "so" or "is", a text that is nothing but mathematics, the last formula or number.
+    Linear in its length."""
     answer = _extracted(text)
-    if answer and "$" in answer and ARITHMETIC.match(answer):  # \\$20 + \\$4 = \\$24
+    if answer and "$" in answer and ARITHMETIC.match(answer):  # $20 + $4 = $24
         answer = re.sub(r"\\?\$", "", answer)
     return answer
 
 
 def _extracted(text: str) -> str | None:
-    r"""In what follows the last </think>: the last
-    complete \boxed{} (several joined by "and" or commas are one list) unless a statement after it
-    corrects it, else the <answer> or "answer" field, "#### x", the last "the answer is", a text
-    that is nothing but mathematics, the last formula or number. Linear in its length."""
+    """The answer as it stands there, dollars and all."""
     text = _text(text)
     text = text[text.rfind(FINAL_CHANNEL) + len(FINAL_CHANNEL) :] if FINAL_CHANNEL in text else text
     end = TURN_END.search(text, 1)

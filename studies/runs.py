@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +12,29 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 
 def rows_of(path: Path) -> list[dict]:
     """Of a .jsonl file; none where there is no file yet."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def add_rows(path: Path, rows: Sequence[dict]) -> None:
+    with path.open("a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def made_with() -> dict[str, str]:
+    """What a row says of the machine and the day."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+    }
 
 
 def call(script: ModuleType, flags: Sequence, log: Path) -> float:
@@ -51,6 +69,5 @@ def make_all(
             except RuntimeError as e:
                 print(f"{job}: {e}", flush=True)
                 continue
-            with results.open("a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
+            add_rows(results, rows)
             yield job, rows

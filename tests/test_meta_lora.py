@@ -261,6 +261,8 @@ def test_lora_two_ranks_equal_one(tmp_path, small_model):
     assert run_here(meta_lora, *round_of, "--output-dir", tmp_path / "0") == 0
     run_well("meta_lora.py", *round_of, "--output-dir", tmp_path / "2", ranks=2)
     one, two = (logged(tmp_path / str(ranks))[0] for ranks in (0, 2))
+    for name in ("meta/grad_norm", "meta/loss"):
+        assert one[name] == pytest.approx(two[name], rel=1e-5), name
     assert one == pytest.approx(two, rel=1e-4)  # of each task, too
     one, two = (final_weights(tmp_path / str(ranks)) for ranks in (0, 2))
     for name in one:

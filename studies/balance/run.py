@@ -6,7 +6,6 @@ again, so a call that was killed goes on where it was. plan.md says what is run 
     python studies/balance/run.py --seeds 0 --conditions A0.3 --arms amft --results one.jsonl
 """
 
-import platform
 import shutil
 import sys
 import time
@@ -26,7 +25,7 @@ from checker import grade
 from data import template
 from model import load_config, load_weights
 from policy import encode_prompts, sample
-from studies.runs import call, make_all, rows_of
+from studies.runs import call, made_with, make_all, rows_of
 from tiny import conditions
 
 HERE = Path(__file__).resolve().parent
@@ -149,8 +148,7 @@ def make(job: Job, runs: Path) -> list[dict]:
         kind: sum(step[f"samples/{kind}"] for step in metrics) for kind in ("train", "validation")
     }
     row |= {"seconds": sum(step["seconds"] for step in metrics), "steps": len(metrics)}
-    row |= {"torch": torch.__version__, "python": platform.python_version()}
-    row |= {"machine": platform.machine(), "date": time.strftime("%Y-%m-%d %H:%M")}
+    row |= made_with()
     row["wall_seconds"] = time.time() - began
     shutil.rmtree(folder)
     return [row]

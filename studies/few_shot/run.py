@@ -6,10 +6,8 @@ so that a call that was killed goes on where it was. plan.md says what is run an
 """
 
 import json
-import platform
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +20,7 @@ import tyro
 
 import fomaml
 import meta_lora
-from studies.runs import call, make_all, rows_of
+from studies.runs import call, made_with, make_all, rows_of
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {"fomaml": fomaml, "meta_lora": meta_lora}
@@ -227,8 +225,7 @@ def make(job: Job, runs: Path) -> list[dict]:
         row = {"group": job.group, "name": job.name + label, "seed": job.seed}
         row |= {"script": job.script, "train": job.train, "measure": flags, "training": training}
         row |= {"seconds": seconds, "mean": result["mean"], "tasks": result["tasks"]}
-        row |= {"torch": torch.__version__, "python": platform.python_version()}
-        row["date"] = time.strftime("%Y-%m-%d %H:%M")
+        row |= made_with()
         rows.append(json.loads(json.dumps(row, default=str)))
     shutil.rmtree(folder)
     return rows

@@ -7,10 +7,8 @@ what is run and why.
 
 import hashlib
 import json
-import platform
 import re
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ import tyro
 import amft
 from run import checkpoints
 from sources import hub_tables, read_rows
-from studies.runs import call, rows_of
+from studies.runs import add_rows, call, made_with, rows_of
 
 HERE = Path(__file__).resolve().parent
 TEST_PROBLEMS = 400
@@ -97,9 +95,7 @@ def make(arm: str, args: Args) -> list[dict]:
         row = {"arm": arm, "step": evaluation["step"]} | tested
         row["seconds"] = sum(step["seconds"] for step in past)
         row["samples"] = sum(step["samples/train"] + step["samples/validation"] for step in past)
-        row |= {"threads": args.threads, "torch": torch.__version__}
-        row |= {"machine": platform.machine(), "date": time.strftime("%Y-%m-%d")}
-        rows.append(row)
+        rows.append(row | {"threads": args.threads} | made_with())
     return rows
 
 
@@ -114,8 +110,7 @@ def main(args: Args) -> None:
         if arm in done:
             continue
         rows = make(arm, args)
-        with args.results.open("a") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+        add_rows(args.results, rows)
         print(f"{arm}: " + ", ".join(f"{r['accuracy']:.1%} at {r['step']}" for r in rows))
 
 
