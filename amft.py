@@ -40,13 +40,11 @@ Everything in which the methods differ is in the table METHODS.
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 import tyro
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -57,9 +55,10 @@ from torch.distributed.fsdp import (
 
 from data import DataError, check_numbers
 from games import games_of
-from games.play import Actor, Trajectory, Turn, demonstrate
+from games.play import Actor, Trajectory, demonstrate
 from games.problems import load_demonstrations, load_problems
 from games.rules import own_function
+from learner import Pass, PolicyLearner, Row, Tokens, adamw, token_count, trained_weights
 from lora import AdapterCheckpoint, Adapters, adapter_size, check_targets, write_merged
 from measure import (
     equally_good,
@@ -76,8 +75,6 @@ from model import (
     cache_bytes,
     check_head,
     check_positions,
-    each_gradient,
-    flat_like,
     gathered,
     layers_to_shard,
     load_readers,
@@ -87,12 +84,10 @@ from model import (
     materialize,
     parameter_count,
     resolve,
-    set_gradients,
     skeleton,
-    trained_parameters,
     turn_off_dropout,
 )
-from policy import Policy, sample, stack_inputs
+from policy import Policy, sample
 from run import (
     ModelCheckpoint,
     Needs,
@@ -100,7 +95,7 @@ from run import (
     check_space,
     start,
 )
-from vllm_sampler import VllmSampler, check_flags, engine_bytes, engine_metrics, truncated_weights
+from vllm_sampler import VllmSampler, check_flags, engine_bytes
 
 
 @dataclass
@@ -386,22 +381,6 @@ def _filled(args: Args, defaults: dict) -> Args:
 # Losses: one number a token. Its weight in the mean: token_mean and its like, below Row.
 
 
-class Tokens(NamedTuple):
-    """What a loss may use, [B, L] or, of a whole response, [B, 1]."""
-
-    logprobs: torch.Tensor  # log pi(token)
-    entropy: torch.Tensor  # of pi at the token, nats
-    values: torch.Tensor | None  # of the value head, before the token
-    old: torch.Tensor  # log-probability when it was sampled; 0 (certain) for demonstrations
-    advantages: torch.Tensor
-    value_targets: torch.Tensor
-    mask: torch.Tensor  # where there is a response token
-    weight: torch.Tensor  # [B, 1] of each token in the mean
-    demonstration: torch.Tensor  # [B, 1]
-    right: torch.Tensor  # [B, 1] whether its reward is above 0
-    importance: torch.Tensor | float = 1.0  # of a token that another engine has drawn
-
-
 def ppo_loss(t: Tokens, args: Args) -> torch.Tensor:
     """Clipped surrogate, Schulman et al. 2017, eq. (7); with two bounds, DAPO's (2503.14476)."""
     ratio = (t.logprobs - t.old).exp()
@@ -448,16 +427,22 @@ def sft_loss(t: Tokens, args: Args) -> torch.Tensor:
     return -weight * t.logprobs
 
 
-def auxiliary_loss(t: Tokens, args: Args) -> torch.Tensor:
-    """Value loss and entropy bonus, which mu does not weigh."""
-    loss = -args.entropy_coefficient * t.entropy
-    if t.values is not None:
-        loss = loss + args.value_coefficient * value_loss(t)
-    return loss
-
-
-def value_loss(t: Tokens) -> torch.Tensor:
+def value_loss(t: Tokens, args: Args) -> torch.Tensor:
     return 0.5 * (t.values - t.value_targets).square()
+
+
+def entropy_bonus(t: Tokens, args: Args) -> torch.Tensor:
+    return -t.entropy
+
+
+def auxiliary_losses(args: Args) -> dict[str, tuple[Callable, float]]:
+    """By name, with its coefficient: what mu does not weigh. None by default."""
+    losses = {}
+    if args.advantage == "gae":
+        losses["value"] = value_loss, args.value_coefficient
+    if args.entropy_coefficient > 0:
+        losses["bonus"] = entropy_bonus, args.entropy_coefficient
+    return losses
 
 
 def utility_loss(t: Tokens, args: Args) -> torch.Tensor:
@@ -466,27 +451,7 @@ def utility_loss(t: Tokens, args: Args) -> torch.Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Rows of a batch, and the weight of a row's tokens in the mean
-
-
-@dataclass
-class Row:
-    """One response with what its loss needs."""
-
-    turn: Turn
-    advantages: list[float]  # one a token
-    weight: float = 0.0  # of each of its tokens in the loss
-    prompt: int = 0  # which of this rank's prompts of the step
-    demonstration: bool = False
-    right: bool = False  # whether its reward is above 0
-    reward_to_go: float = 0.0  # of this turn and, discounted, of the turns after it
-    value_targets: list[float] = field(default_factory=list)  # one a token, for the value head
-    importance: list[float] = field(default_factory=list)  # one a token; see PolicyLearner.correct
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and response."""
-        return len(self.turn.prompt) + len(self.turn.ids)
+# The weight of a row's tokens in the mean
 
 
 class Counts(NamedTuple):
@@ -570,6 +535,23 @@ def gae(values: Sequence[float], reward: float, lam: float) -> list[float]:
         following = values[t]
         advantages.append(advantage)
     return advantages[::-1]
+
+
+@torch.no_grad()
+def estimate_advantages(learner: PolicyLearner, rows: list[Row]) -> None:
+    """GAE with the value head at theta_old; advantages whitened over the batch. Collective."""
+    advantages = []
+    for row, t, i in learner.each_forward(rows):
+        values = t.values[i][t.mask[i]].tolist()
+        row.advantages = gae(values, row.reward_to_go, learner.args.gae_lambda)
+        row.value_targets = [a + v for a, v in zip(row.advantages, values, strict=True)]
+        advantages += row.advantages
+    squares = sum(a * a for a in advantages)
+    n, total, squares = learner.world.sum(len(advantages), sum(advantages), squares)
+    mean = total / n
+    std = math.sqrt(max(0.0, squares / n - mean**2))
+    for row in rows:
+        row.advantages = [(a - mean) / (std + 1e-8) for a in row.advantages]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -693,59 +675,16 @@ def set_loss_weights(args: Args, world: World, sft: list[Row], rl: list[Row]) ->
     kept = [row for row in rl if row.turn.finished or not args.mask_truncated]
     own = [row for row in kept if not row.demonstration]
     shown = [row for row in kept if row.demonstration]
-    n = Counts(*world.sum(len(own), tokens_of(own), len(shown), tokens_of(shown), tokens_of(sft)))
+    counts = len(own), token_count(own), len(shown), token_count(shown), token_count(sft)
+    n = Counts(*world.sum(*counts))
     for row in kept:
         row.weight = method.rl_mean(row, n, args)
     for row in sft:
         row.weight = method.sft_mean(row, n, args)
 
 
-def tokens_of(rows: list[Row]) -> int:
-    return sum(len(row.turn.ids) for row in rows)
-
-
-def collate_rows(rows: list[Row], pad_id: int, device: torch.device) -> dict:
-    """A batch, padded on the right to a multiple of 32 tokens.
-
-    ids [B, T]; mask, old, advantages, value_targets, importance [B, T-1]: the token at position t
-    is predicted at t - 1; weight, demonstration, right [B, 1]; inputs: what comes of pictures.
-    """
-    length = -(-max(row.length for row in rows) // 32) * 32
-    shape = len(rows), length - 1
-    batch = {"ids": torch.full((len(rows), length), pad_id)}
-    batch["mask"] = torch.zeros(shape, dtype=torch.bool)
-    for name in ("old", "advantages", "value_targets"):
-        batch[name] = torch.zeros(shape)
-    if any(row.importance for row in rows):
-        batch["importance"] = torch.ones(shape)
-    for i, row in enumerate(rows):
-        batch["ids"][i, : row.length] = torch.tensor(row.turn.prompt + row.turn.ids)
-        at = slice(len(row.turn.prompt) - 1, row.length - 1)
-        batch["mask"][i, at] = True
-        batch["old"][i, at] = torch.tensor(row.turn.old_logprobs)
-        batch["advantages"][i, at] = torch.tensor(row.advantages)
-        if row.value_targets:
-            batch["value_targets"][i, at] = torch.tensor(row.value_targets)
-        if row.importance:
-            batch["importance"][i, at] = torch.tensor(row.importance)
-    for name in ("weight", "demonstration", "right"):
-        batch[name] = torch.tensor([[getattr(row, name)] for row in rows])
-    pictures = [(row.turn.inputs, len(row.turn.prompt)) for row in rows]
-    inputs = stack_inputs(pictures, length, left=False)
-    batch = {name: x.to(device) for name, x in batch.items()}
-    return batch | {"inputs": {name: x.to(device) for name, x in inputs.items()}}
-
-
 # --------------------------------------------------------------------------------------------------
 # Backward passes and the step that follows them
-
-
-class Pass(NamedTuple):
-    """A backward pass: where the gradient of a sum of losses on some rows goes."""
-
-    rows: list[Row]
-    losses: dict[str, tuple[Callable, float]]  # by name: the loss of a token, and its factor
-    targets: list[tuple[list[torch.Tensor], float]]  # (buffer, factor): buffer += factor x gradient
 
 
 def passes_of(
@@ -758,24 +697,37 @@ def passes_of(
     """
     method = METHODS[args.method]
     mu_sft = method.weight_of_sft(mu)
-    auxiliary = args.advantage == "gae" or args.entropy_coefficient > 0
+    auxiliary = auxiliary_losses(args)
+    learning, silent = split_silent(rl, method)
     if D is None:
-        rl_losses = {"rl": (method.rl_loss, 1 - mu)}
-        if auxiliary:  # on the same rows: one pass for both
-            rl_losses["auxiliary"] = (auxiliary_loss, 1.0)
+        on_sft, on_rl = {"sft": (method.sft_loss, mu_sft)}, {"rl": (method.rl_loss, 1 - mu)}
+        if auxiliary:  # on all rows of L_RL: one pass for all losses
+            learning, silent, on_rl = rl, [], on_rl | auxiliary
         return [
-            Pass(sft, {"sft": (method.sft_loss, mu_sft)}, [(G, 1.0)]),
-            Pass(rl, rl_losses, [(G, 1.0)]),
+            Pass(sft, on_sft, [(G, 1.0)]),
+            Pass(learning, on_rl, [(G, 1.0)]),
+            Pass(silent, on_rl, targets=[]),
         ]
+    on_sft, on_rl = {"sft": (method.sft_loss, 1.0)}, {"rl": (method.rl_loss, 1.0)}
     passes = [
-        Pass(sft, {"sft": (method.sft_loss, 1.0)}, [(D, 1.0), (G, mu_sft)]),
-        Pass(rl, {"rl": (method.rl_loss, 1.0)}, [(D, -1.0), (G, 1 - mu)]),
+        Pass(sft, on_sft, [(D, 1.0), (G, mu_sft)]),
+        Pass(learning, on_rl, [(D, -1.0), (G, 1 - mu)]),
     ]
     if halves is not None:
         passes = [*in_halves(passes[0], halves[0]), *in_halves(passes[1], halves[1])]
+    passes.append(Pass(silent, on_rl, targets=[]))
     if auxiliary:
-        passes.append(Pass(rl, {"auxiliary": (auxiliary_loss, 1.0)}, [(G, 1.0)]))
+        passes.append(Pass(rl, auxiliary, [(G, 1.0)]))
     return passes
+
+
+def split_silent(rows: list[Row], method: Method) -> tuple[list[Row], list[Row]]:
+    """(rows of L_RL with a gradient, rows of prompts whose samples are all equally good)."""
+    learning, silent = [], []
+    for row in rows:
+        learns = any(row.advantages) or method.learns_without_advantage
+        (learning if learns and row.weight > 0 else silent).append(row)
+    return learning, silent
 
 
 def in_halves(work: Pass, difference) -> list[Pass]:
@@ -801,289 +753,47 @@ class Step:
     halves: tuple | None = None  # of g_SFT and of g_RL: even prompts less odd ones
 
 
-class PolicyLearner:
-    """Policy, optimizer and their machine: gradients, and the steps that they lead to.
+def minibatch(rows: list[Row], k: int, count: int) -> list[Row]:
+    """The rows of every `count`-th prompt."""
+    return [row for row in rows if row.prompt % count == k % count]
 
-    filler: a turn of the task, for ranks without rows.
+
+def train_on(
+    learner: PolicyLearner,
+    mu: float,
+    sft: list[Row],
+    rl: list[Row],
+    schedule: float,
+    with_D: bool,
+) -> Step:
+    """The optimizer steps of a step's rows: one, or one for each epoch and minibatch.
+
+    with_D: keep d G / d mu, for derivative_by_mu or gradient_noise. Collective.
     """
-
-    def __init__(
-        self, args: Args, policy: Policy, optimizer, world: World, pad_id: int, filler=None
-    ):
-        self.args, self.policy, self.optimizer = args, policy, optimizer
-        self.filler = filler or Turn([pad_id], [pad_id], [0.0], True, "", 0.0)
-        self.world, self.pad_id, self.method = world, pad_id, METHODS[args.method]
-        self.params = [p for _, p in trained_weights(policy)]
-        self.local_params = [local(p) for p in self.params]
-        self.replicated = policy.adapters is not None  # each rank holds all that is trained
-
-    def batches(self, rows: list[Row]) -> list[dict]:
-        """This rank's micro-batches, sorted by length, as many as the rank with most rows needs.
-
-        All ranks of a shard group must call the model equally often, and with pictures if the
-        others have some: missing ones are filled with `filler`, a real turn, at weight 0.
-        """
-        rows, size = sorted(rows, key=lambda row: row.length), self.args.micro_batch
-        count = torch.tensor(-(-len(rows) // size), device=self.world.device)
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-        filler = Row(self.filler, [0.0] * len(self.filler.ids))
-        return [
-            collate_rows(
-                rows[k * size : (k + 1) * size] or [filler], self.pad_id, self.world.device
-            )
-            for k in range(int(count))
-        ]
-
-    def forward(self, batch: dict, entropy_gradient: bool = False) -> Tokens:
-        outputs = self.policy(batch["ids"], batch["mask"], entropy_gradient, **batch["inputs"])
-        rest = {name: batch[name] for name in Tokens._fields if name in batch}
-        return Tokens(*outputs, **rest)
-
-    def backward(self, work: Pass) -> dict[str, float]:
-        """One pass; returns sums over this rank's rows: the weighted losses and, of samples, more.
-
-        The tokens' weights make a sum a mean over all ranks; FSDP2 averages over the shard group,
-        hence x shards. Gradients of adapters are of this rank's rows alone; see sum_over_ranks.
-        """
-        shards = 1 if self.replicated else self.world.shards
-        sums = dict.fromkeys(("rl", "sft", "value", "entropy", "tokens", "clipped", "kl"), 0.0)
-        learning, silent = self.split_silent(work)
-        use = partial(add_to_targets, work.targets)
-        entropy_gradient = self.args.entropy_coefficient > 0 and "auxiliary" in work.losses
-        for rows, learns in ((learning, True), (silent, False)):
-            for batch in self.batches(rows):
-                with torch.set_grad_enabled(learns):
-                    t = self.forward(batch, entropy_gradient)
-                    loss = 0.0
-                    for name, (loss_of, factor) in work.losses.items():
-                        weight = t.weight * t.importance * t.mask
-                        mean = (loss_of(t, self.args) * weight).sum()
-                        loss = loss + factor * mean
-                        sums[name] = sums.get(name, 0.0) + mean.item()
-                if learns:
-                    with each_gradient(self.params, use):
-                        (loss * shards).backward()
-                self.measure(t, work, sums)
-        return sums
-
-    def split_silent(self, work: Pass) -> tuple[list[Row], list[Row]]:
-        """(rows with a gradient, rows without one, which are only measured).
-
-        The latter are those of L_RL whose prompt's samples are all equally good.
-        """
-        if set(work.losses) != {"rl"}:
-            return work.rows, []
-        learning, silent = [], []
-        for row in work.rows:
-            learns = any(row.advantages) or self.method.learns_without_advantage
-            (learning if learns and row.weight > 0 else silent).append(row)
-        return learning, silent
-
-    @torch.no_grad()
-    def measure(self, t: Tokens, work: Pass, sums: dict[str, float]) -> None:
-        """Adds what the log shows of the samples: entropy, ratios, value loss."""
-        if "auxiliary" in work.losses and t.values is not None:
-            sums["value"] += (value_loss(t) * (t.weight * t.importance * t.mask)).sum().item()
-        if "rl" not in work.losses:
-            return
-        own = t.mask & ~t.demonstration & (t.weight > 0)
-        log_ratio = (t.logprobs - t.old)[own]
-        ratio = log_ratio.exp()
-        sums["tokens"] += own.sum().item()
-        sums["entropy"] += t.entropy[own].sum().item()
-        sums["clipped"] += ((ratio - 1).abs() > self.args.clip_ratio).sum().item()
-        sums["kl"] += (
-            (ratio - 1 - log_ratio).sum().item()
-        )  # Schulman's k3 estimate of KL(old | new)
-
-    @torch.no_grad()
-    def entropy(self, groups: list[list[Trajectory]]) -> float:
-        """Mean token entropy of the policy over its own responses, nats. Collective."""
-        turns = [turn for group in groups for trajectory in group for turn in trajectory.turns]
-        sums = [0.0, 0.0]
-        for batch in self.batches([Row(turn, [0.0] * len(turn.ids), 1.0) for turn in turns]):
-            t = self.forward(batch)
-            real = t.mask & (t.weight > 0)
-            sums = [sums[0] + t.entropy[real].sum().item(), sums[1] + real.sum().item()]
-        entropy, count = self.world.sum(*sums)
-        return entropy / max(count, 1)
-
-    def each_forward(self, rows: list[Row]) -> Iterator[tuple[Row, Tokens, int]]:
-        """(row, its micro-batch, its place in that) of every row, without fillers. Collective."""
-        rows, size = sorted(rows, key=lambda row: row.length), self.args.micro_batch
-        for k, batch in enumerate(self.batches(rows)):
-            t = self.forward(batch)
-            for i, row in enumerate(rows[k * size : (k + 1) * size]):
-                yield row, t, i
-
-    @torch.no_grad()
-    def correct(self, rows: list[Row]) -> dict[str, float]:
-        """Samples of another engine: pi_old becomes the policy's own, and each token gets its
-        truncated importance weight min(pi_old / pi_engine, C). Collective.
-
-        Before the step that learns from them. Returns what the log shows of the two.
-        """
-        if self.args.sampler == "own" or not self.args.is_cap:
-            return {}
-        of_tokens = []
-        for row, t, i in self.each_forward([row for row in rows if not row.demonstration]):
-            logprobs, engine = t.logprobs[i][t.mask[i]].tolist(), row.turn.old_logprobs
-            differences = [a - b for a, b in zip(logprobs, engine, strict=True)]
-            row.importance = truncated_weights(differences, self.args.is_cap)
-            row.turn = row.turn._replace(old_logprobs=logprobs)
-            of_tokens += differences
-        return engine_metrics(of_tokens, self.args.is_cap, self.world)
-
-    @torch.no_grad()
-    def estimate_advantages(self, rows: list[Row]) -> None:
-        """GAE with the value head at theta_old; advantages whitened over the batch. Collective."""
-        advantages = []
-        for row, t, i in self.each_forward(rows):
-            values = t.values[i][t.mask[i]].tolist()
-            row.advantages = gae(values, row.reward_to_go, self.args.gae_lambda)
-            row.value_targets = [a + v for a, v in zip(row.advantages, values, strict=True)]
-            advantages += row.advantages
-        squares = sum(a * a for a in advantages)
-        n, total, squares = self.world.sum(len(advantages), sum(advantages), squares)
-        mean = total / n
-        std = math.sqrt(max(0.0, squares / n - mean**2))
-        for row in rows:
-            row.advantages = [(a - mean) / (std + 1e-8) for a in row.advantages]
-
-    def zeros(self) -> list[torch.Tensor]:
-        """A gradient-sized buffer."""
-        return flat_like(self.local_params)
-
-    def sum_over_ranks(self, gradient: list[torch.Tensor]) -> None:
-        """Adds up what backward has left out: other replicas, or with adapters all other ranks."""
-        if self.replicated:
-            dist.all_reduce(gradient[0]._base)
-        else:
-            self.world.sum_over_replicas(gradient)
-
-    def dot(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-        """Inner product over all shards, in float64. Collective."""
-        product = sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True))
-        if self.world.shards > 1 and not self.replicated:
-            dist.all_reduce(product, group=self.world.mesh.get_group("shard"))
-        return product.item()
-
-    def take_step(self, G: list[torch.Tensor], schedule: float) -> tuple[float, bool]:
-        """theta <- clipped AdamW(theta, G), G left unclipped. Returns |G| and whether it was done.
-
-        A G that is not finite is left out. schedule: fraction of the peak learning rate.
-        """
-        square = self.dot(G, G)
-        if not math.isfinite(square):
-            return math.inf, False
-        norm = math.sqrt(square)
-        c = min(1.0, self.args.clip / norm) if norm > 0 else 1.0
-        set_gradients(self.params, [g * c for g in G] if c < 1 else G)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm, True
-
-    def train_on(
-        self, mu: float, sft: list[Row], rl: list[Row], schedule: float, with_D: bool
-    ) -> Step:
-        """The optimizer steps of a step's rows: one, or one for each epoch and minibatch.
-
-        with_D: keep d G / d mu, for step_derivative or noise. Collective.
-        """
-        args, world, sums, taken_steps = self.args, self.world, {}, 0
-        for k in range(args.epochs * args.minibatches):
-            sft_batch = [
-                row for row in sft if row.prompt % args.minibatches == k % args.minibatches
-            ]
-            rl_batch = [row for row in rl if row.prompt % args.minibatches == k % args.minibatches]
-            set_loss_weights(args, world, sft_batch, rl_batch)
-            G, D, halves = self.zeros(), None, None
-            if with_D:
-                D = self.zeros()
-            if with_D and self.method.learns_mu == "by_noise":
-                halves = self.zeros(), self.zeros()
-            for work in passes_of(args, mu, sft_batch, rl_batch, G, D, halves):
-                for name, value in self.backward(work).items():
-                    sums[name] = sums.get(name, 0.0) + value
-            for buffer in (G, D, *(halves or ())):
-                if buffer is not None:
-                    self.sum_over_ranks(buffer)
-            norm, taken = self.take_step(G, schedule)
-            if not taken:
-                break
-            taken_steps += 1
-        names = sorted(sums)
-        sums = dict(zip(names, world.sum(*(sums[name] for name in names)), strict=True))
-        for name in ("sft", "rl", "value"):  # means over the optimizer steps, not sums
-            sums[name] /= k + 1
-        return Step(G, D, norm, taken_steps, taken, sums, halves)
-
-    def noise(self, step: Step) -> dict[str, float]:
-        """What GAC weighs: the variances of g_RL and g_SFT, and |g_SFT - g_RL|^2 without them.
-
-        A gradient is the sum of what two halves of its prompts say, so the square of their
-        difference estimates the variance of the sum. Collective.
-        """
-        of_sft, of_rl = (self.dot(half, half) for half in step.halves)
-        apart = self.dot(step.D, step.D) - of_sft - of_rl
-        return {"variance/rl": of_rl, "variance/sft": of_sft, "disagreement": max(0.0, apart)}
-
-    def derivative_by_mu(self, step: Step) -> list[torch.Tensor] | None:
-        """d theta / d mu of the last step, in D's memory; None where mu does not change it.
-
-        G's memory is given back: the validation rollouts and their gradient come next.
-        """
-        G, D, norm = step.G, step.D, step.norm
-        step.G = step.D = None
-        product, square = self.dot(G, D), self.dot(D, D)
-        clip, preconditioner = self.args.clip, self.args.meta_preconditioner
-        if not depends_on_mu(norm, product, square, clip, preconditioner):
-            return None
-        step_derivative(self.optimizer, self.params, G, D, norm, product, clip, preconditioner)
-        return D
-
-    def grad_mu(self, groups: list[list[Trajectory]], derivative) -> tuple[float, float]:
-        """grad_mu U = < grad U, d theta / d mu > (5), and its standard deviation. Collective.
-
-        groups: of validation prompts, at the new theta. grad U is a policy gradient: the
-        log-probability of a trajectory's turns, times its return (undiscounted) against the others
-        of its group. The noise is estimated from two half-batches: prompts of even and odd number
-        over all ranks.
-        """
-        numbers = [self.world.rank + self.world.size * i for i in range(len(groups))]
-        halves = []
-        for parity in (0, 1):
-            half = [g for g, number in zip(groups, numbers, strict=True) if number % 2 == parity]
-            (count,) = self.world.sum(sum(len(group) for group in half))
-            rows = []
-            for group in half:
-                returns = [trajectory.returns()[0] for trajectory in group]
-                advantages = group_advantages(returns, "leave_one_out")
-                for trajectory, a in zip(group, advantages, strict=True):
-                    if a:
-                        rows += [Row(t, [a] * len(t.ids), 1 / count) for t in trajectory.turns]
-            self.correct(rows)
-            gradient = self.zeros()
-            self.backward(Pass(rows, {"utility": (utility_loss, 1.0)}, [(gradient, 1.0)]))
-            self.sum_over_ranks(gradient)
-            halves.append(-self.dot(gradient, derivative))
-        return sum(halves) / 2, abs(halves[0] - halves[1]) / 2
-
-
-def trained_weights(policy: Policy) -> list[tuple[str, torch.nn.Parameter]]:
-    """What is trained, by name: the adapters and the value head, or all weights."""
-    if policy.adapters is None:
-        kept = {id(p) for p in trained_parameters(policy)}
-        return [(name, p) for name, p in policy.named_parameters() if id(p) in kept]
-    of_adapters = [(f"phi.{i}", p) for i, p in enumerate(policy.adapters.phi)]
-    return of_adapters + [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
-
-
-def add_to_targets(targets, i: int, gradient: torch.Tensor) -> None:
-    for buffer, factor in targets:
-        buffer[i].add_(gradient, alpha=factor)
+    args, world, sums, taken_steps = learner.args, learner.world, {}, 0
+    by_noise = METHODS[args.method].learns_mu == "by_noise"
+    for k in range(args.epochs * args.minibatches):
+        sft_part = minibatch(sft, k, args.minibatches)
+        rl_part = minibatch(rl, k, args.minibatches)
+        set_loss_weights(args, world, sft_part, rl_part)
+        G = learner.zeros()
+        D = learner.zeros() if with_D else None
+        halves = (learner.zeros(), learner.zeros()) if with_D and by_noise else None
+        for work in passes_of(args, mu, sft_part, rl_part, G, D, halves):
+            for name, value in learner.backward(work).items():
+                sums[name] = sums.get(name, 0.0) + value
+        for buffer in (G, D, *(halves or ())):
+            if buffer is not None:
+                learner.sum_over_ranks(buffer)
+        norm, taken = learner.take_step(G, schedule)
+        if not taken:
+            break
+        taken_steps += 1
+    names = sorted(sums)
+    sums = dict(zip(names, world.sum(*(sums[name] for name in names)), strict=True))
+    for name in ("sft", "rl", "value"):  # means over the optimizer steps, not sums
+        sums[name] /= k + 1
+    return Step(G, D, norm, taken_steps, taken, sums, halves)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1138,6 +848,62 @@ def depends_on_mu(
         return True
     aside = square * norm**2 - product**2  # |D|^2 |G|^2 sin^2 of the angle between them
     return aside > 1e-10 * square * norm**2
+
+
+def derivative_by_mu(learner: PolicyLearner, step: Step) -> list[torch.Tensor] | None:
+    """d theta / d mu of the last step, in D's memory; None where mu does not change it.
+
+    G's memory is given back: the validation rollouts and their gradient come next. Collective.
+    """
+    G, D, norm = step.G, step.D, step.norm
+    step.G = step.D = None
+    product, square = learner.dot(G, D), learner.dot(D, D)
+    clip, preconditioner = learner.args.clip, learner.args.meta_preconditioner
+    if not depends_on_mu(norm, product, square, clip, preconditioner):
+        return None
+    step_derivative(learner.optimizer, learner.params, G, D, norm, product, clip, preconditioner)
+    return D
+
+
+def meta_gradient(
+    learner: PolicyLearner, groups: list[list[Trajectory]], derivative: list[torch.Tensor]
+) -> tuple[float, float]:
+    """grad_mu U = < grad U, d theta / d mu > (5), and its standard deviation. Collective.
+
+    groups: of validation prompts, at the new theta. grad U is a policy gradient: the
+    log-probability of a trajectory's turns, times its return (undiscounted) against the others of
+    its group. The noise is estimated from two half-batches: prompts of even and odd number over
+    all ranks.
+    """
+    world, halves = learner.world, []
+    numbers = [world.rank + world.size * i for i in range(len(groups))]
+    for parity in (0, 1):
+        half = [g for g, number in zip(groups, numbers, strict=True) if number % 2 == parity]
+        (count,) = world.sum(sum(len(group) for group in half))
+        rows = []
+        for group in half:
+            returns = [trajectory.returns()[0] for trajectory in group]
+            advantages = group_advantages(returns, "leave_one_out")
+            for trajectory, a in zip(group, advantages, strict=True):
+                if a:
+                    rows += [Row(t, [a] * len(t.ids), 1 / count) for t in trajectory.turns]
+        learner.correct(rows)
+        gradient = learner.zeros()
+        learner.backward(Pass(rows, {"utility": (utility_loss, 1.0)}, [(gradient, 1.0)]))
+        learner.sum_over_ranks(gradient)
+        halves.append(-learner.dot(gradient, derivative))
+    return sum(halves) / 2, abs(halves[0] - halves[1]) / 2
+
+
+def gradient_noise(learner: PolicyLearner, step: Step) -> dict[str, float]:
+    """What GAC weighs: the variances of g_RL and g_SFT, and |g_SFT - g_RL|^2 without them.
+
+    A gradient is the sum of what two halves of its prompts say, so the square of their difference
+    estimates the variance of the sum. Collective.
+    """
+    of_sft, of_rl = (learner.dot(half, half) for half in step.halves)
+    apart = learner.dot(step.D, step.D) - of_sft - of_rl
+    return {"variance/rl": of_rl, "variance/sft": of_sft, "disagreement": max(0.0, apart)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1627,17 +1393,6 @@ def vllm_engine(args: Args, config, policy: Policy, optimizer, longest: int) -> 
     return engine
 
 
-def adamw(args: Args, policy: Policy) -> torch.optim.AdamW:
-    """The value head has a learning rate of its own; "peak" is what the schedule multiplies."""
-    named = trained_weights(policy)
-    head = [p for name, p in named if name.startswith("value.")]
-    rest = [p for name, p in named if not name.startswith("value.")]
-    groups = [{"params": rest, "lr": args.lr, "peak": args.lr}]
-    if head:
-        groups.append({"params": head, "lr": args.value_lr, "peak": args.value_lr})
-    return torch.optim.AdamW(groups, betas=args.betas, weight_decay=args.weight_decay, fused=True)
-
-
 def loss_metrics(args: Args, sums: dict[str, float], mu: float) -> dict[str, float]:
     """The losses of a step, as trained on, and what was measured of its samples."""
     metrics = {"mu": mu, "loss/sft": sums["sft"], "loss/rl": sums["rl"]}
@@ -1790,7 +1545,7 @@ def main(args: Args, world: World) -> int:
         if method.weight_of_sft(mu) == 0:
             sft = []
         if args.advantage == "gae" and groups:
-            learner.estimate_advantages(rl)
+            estimate_advantages(learner, rl)
         of_engine = learner.correct(rl) if groups else {}
 
         # (d) theta <- clipped AdamW(theta, G): before (c), which differentiates this very step
@@ -1798,7 +1553,7 @@ def main(args: Args, world: World) -> int:
         schedule = min(1.0, (since + 1) / args.lr_warmup)
         if warming:
             schedule *= args.warmup_lr / args.lr
-        result = learner.train_on(mu, sft, rl, schedule, with_D=controller.gradient_due(step))
+        result = train_on(learner, mu, sft, rl, schedule, with_D=controller.gradient_due(step))
         controller.state["optimizer_steps"] += result.steps
         seconds["train"] = run.lap()
         metrics = loss_metrics(args, result.sums, mu) | of_engine
@@ -1810,20 +1565,20 @@ def main(args: Args, world: World) -> int:
         trials = []
         if controller.has_target and result.finite:
             grad_mu, noise = None, 0.0
-            derivative = learner.derivative_by_mu(result) if result.D is not None else None
+            derivative = derivative_by_mu(learner, result) if result.D is not None else None
             if derivative is not None:
                 first = (step + 1) // args.mu_every * args.validation_prompts
                 seeds = actor.mine(args.validation_prompts, first)
                 key = f"{step}/validation"  # to the end, as the step is taken and mu belongs to it
                 trials = actor.rollout(validation, seeds, args.samples, key, to_the_end=True)
-                grad_mu, noise = learner.grad_mu(trials, derivative)
+                grad_mu, noise = meta_gradient(learner, trials, derivative)
                 metrics |= {"grad_mu": grad_mu, "grad_mu_snr": abs(grad_mu) / max(noise, 1e-30)}
             metrics["entropy_target"] = controller.state["entropy_target"]
             # There is no entropy where all of a step's responses were cut and masked
             if "entropy" in metrics:
                 metrics |= controller.move(step + 1, grad_mu, metrics["entropy"], noise)
         elif method.learns_mu == "by_noise" and result.D is not None and result.finite:
-            metrics |= controller.balance(learner.noise(result))
+            metrics |= controller.balance(gradient_noise(learner, result))
         del result
         seconds["mu"] = run.lap()
 

@@ -38,6 +38,7 @@ import tyro
 
 import policy
 from data import Encoded, Episode, Example, check_numbers, collate
+from learner import PolicyLearner, trained_weights
 from model import World, gathered, load_config, load_weights, set_gradients, token_loss
 from sources import read_rows
 
@@ -513,10 +514,10 @@ def grpo_ours(name: str, device: str, count: int, n: int, r: int) -> Callable[[]
     if r:
         lm.requires_grad_(False)
         amft.add_adapters(args, lm, torch.device(device))
-    weights = {"params": [p for _, p in amft.trained_weights(lm)], "lr": 1e-6, "peak": 1e-6}
+    weights = {"params": [p for _, p in trained_weights(lm)], "lr": 1e-6, "peak": 1e-6}
     optimizer = torch.optim.AdamW([weights], fused=True)
     world = World(torch.device(device))
-    learner = amft.PolicyLearner(args, lm, optimizer, world, tokenizer.pad_token_id)
+    learner = PolicyLearner(args, lm, optimizer, world, tokenizer.pad_token_id)
     prompts, rng = random_prompts(tokenizer, count, PROMPT_LENGTH), random.Random(0)
 
     def rollout() -> list[list[Trajectory]]:
@@ -541,7 +542,7 @@ def grpo_ours(name: str, device: str, count: int, n: int, r: int) -> Callable[[]
     def step() -> None:
         groups = rollout()
         _, rl = amft.rows_of(args, groups, [group[0] for group in groups])
-        learner.train_on(0.0, [], rl, schedule=1.0, with_D=False)
+        amft.train_on(learner, 0.0, [], rl, schedule=1.0, with_D=False)
 
     return step
 

@@ -32,6 +32,7 @@ import fomaml
 import meta_lora
 from bench import random_episodes
 from games.play import Trajectory, Turn
+from learner import PolicyLearner, adamw
 from model import World, gathered, parameter_count, set_gradients, setup
 from policy import sample
 
@@ -241,8 +242,8 @@ def amft_step(config, world: World, length: int, sampling: bool, new: int = 512)
     )
     with weights_of(amft, config, world.device):
         policy = amft.build(args, config, world)
-    optimizer = amft.adamw(args, policy)
-    learner = amft.PolicyLearner(args, policy, optimizer, world, 0)
+    optimizer = adamw(args, policy)
+    learner = PolicyLearner(args, policy, optimizer, world, 0)
     rng, prompts = random.Random(0), random_prompts(16, 128)
     groups = []
     for prompt in prompts:
@@ -259,7 +260,7 @@ def amft_step(config, world: World, length: int, sampling: bool, new: int = 512)
 
     def training() -> None:
         _, rows = amft.rows_of(args, groups, [group[0] for group in groups])
-        learner.train_on(0.0, [], rows, schedule=1.0, with_D=False)
+        amft.train_on(learner, 0.0, [], rows, schedule=1.0, with_D=False)
 
     needs = amft.needs(args, config, world, 128 + new)
     if sampling:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import amft
 import fomaml
 import meta_lora
+from learner import PolicyLearner
 from lora import Adapters
 from model import World
 from policy import Policy
@@ -252,7 +253,7 @@ def test_amft_derivative_by_mu(clip, one_rank):
         [{"params": list(model.parameters()), "lr": 3e-3, "peak": 3e-3}], weight_decay=0.1
     )
     args = amft.with_defaults(amft.Args(clip=clip))
-    learner = amft.PolicyLearner(args, Policy(model, False), optimizer, one_rank, 0)
+    learner = PolicyLearner(args, Policy(model, False), optimizer, one_rank, 0)
     generator = torch.Generator().manual_seed(3)
 
     def noise() -> list[torch.Tensor]:

@@ -17,10 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import amft
 from data import Encoded, Episode, Example
 from games.play import Turn
 from games.rules import Result
+from learner import Row
 from model import load_config, local
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,7 +167,7 @@ def meta_gradient(learner, one_task, episodes: list[Episode], measure_gain: bool
 
 def random_rows(
     count: int, seed: int = 0, vocab: int = 64, demonstration: bool = False
-) -> list[amft.Row]:
+) -> list[Row]:
     """Rows with random tokens, lengths, advantages; old log-probabilities near those of a uniform
     policy."""
     rng, rows = random.Random(seed), []
@@ -182,9 +182,7 @@ def random_rows(
         advantages = [rng.uniform(-1, 1)] * len(ids)
         targets = [rng.uniform(0, 1) for _ in ids]
         rows.append(
-            amft.Row(
-                turn, advantages, demonstration=demonstration, right=won, value_targets=targets
-            )
+            Row(turn, advantages, demonstration=demonstration, right=won, value_targets=targets)
         )
     return rows
 

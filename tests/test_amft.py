@@ -20,6 +20,7 @@ import plots
 from data import DataError
 from games.play import Actor, Trajectory, Turn, demonstrate
 from games.rules import own_function
+from learner import Pass, PolicyLearner, Row, Tokens, adamw, collate_rows
 from lora import Adapters
 from model import EMBEDDED, World, auto_class, load_config, load_processor, load_weights
 from policy import Policy
@@ -41,7 +42,7 @@ from tests.helpers import (
 # Losses, advantages and mu by hand
 
 
-def tokens_of(logprobs: torch.Tensor, **changes) -> amft.Tokens:
+def tokens_of(logprobs: torch.Tensor, **changes) -> Tokens:
     """One response [1, L] with advantages 1, its own sample, not won."""
     ones = torch.ones_like(logprobs)
     values = {
@@ -56,7 +57,7 @@ def tokens_of(logprobs: torch.Tensor, **changes) -> amft.Tokens:
         "demonstration": torch.tensor([[False]]),
         "right": torch.tensor([[False]]),
     }
-    return amft.Tokens(**values | changes)
+    return Tokens(**values | changes)
 
 
 P = (0.5, 0.2, 0.9)  # of three tokens
@@ -317,8 +318,8 @@ def test_gac_sees_the_noise_of_its_gradients(process_group):
         row.prompt = i // 2
     for i, row in enumerate(sft):
         row.prompt = i
-    step = learner.train_on(0.3, sft, rl, schedule=1.0, with_D=True)
-    found = learner.noise(step)
+    step = amft.train_on(learner, 0.3, sft, rl, schedule=1.0, with_D=True)
+    found = amft.gradient_noise(learner, step)
     plain = PlainLosses(learner, rl, sft)
     flat = {}
     for name, rows in (("rl", rl), ("sft", sft)):
@@ -370,7 +371,7 @@ def test_dynamic_sampling():
 # Batches against a loop over rows
 
 
-def amft_learner(model, optimizer=None, adapters=None, **settings) -> amft.PolicyLearner:
+def amft_learner(model, optimizer=None, adapters=None, **settings) -> PolicyLearner:
     """Of one rank. Without an optimizer its steps change nothing."""
     args = amft.with_defaults(amft.Args(**{"micro_batch": 3, "samples": 4} | settings))
     policy = Policy(model, args.advantage == "gae").to(next(model.parameters()).dtype).train()
@@ -380,7 +381,7 @@ def amft_learner(model, optimizer=None, adapters=None, **settings) -> amft.Polic
         still = {"params": params, "lr": 0.0, "peak": 0.0}
         optimizer = torch.optim.AdamW([still])
     world = World(torch.device("cpu"), mesh=one_rank_mesh())
-    return amft.PolicyLearner(args, policy, optimizer, world, 0)
+    return PolicyLearner(args, policy, optimizer, world, 0)
 
 
 def response_tokens(rows: list) -> int:
@@ -390,7 +391,7 @@ def response_tokens(rows: list) -> int:
 class PlainLosses:
     """Each method's loss of rows, one by one and unpadded, by its own normalisation."""
 
-    def __init__(self, learner: amft.PolicyLearner, rl: list, sft: list):
+    def __init__(self, learner: PolicyLearner, rl: list, sft: list):
         self.args, self.policy = learner.args, learner.policy
         self.rl, self.sft = rl, sft
         self.kept = [row for row in rl if row.turn.finished or not self.args.mask_truncated]
@@ -505,7 +506,7 @@ def test_amft_batch_equals_rows(method, options, process_group):
     mu_sft = 1.0 if method == "hpt" else mu
     names = [name for name, _ in learner.policy.named_parameters()]
     for with_D in (False, True):
-        taken = learner.train_on(mu, sft, rl, schedule=1.0, with_D=with_D)
+        taken = amft.train_on(learner, mu, sft, rl, schedule=1.0, with_D=with_D)
         assert taken.finite
         assert taken.steps == 1
         assert taken.sums["tokens"] == response_tokens([row for row in own if row.weight])
@@ -531,7 +532,7 @@ def test_advantages_of_the_value_head(process_group):
     rows, plain = random_rows(7, 1), []
     for i, row in enumerate(rows):
         row.reward_to_go = float(i % 3)
-    learner.estimate_advantages(rows)
+    amft.estimate_advantages(learner, rows)
     losses = PlainLosses(learner, rows, [])
     for row in rows:
         values = learner.policy.value(losses.outputs(row).hidden).squeeze(-1).tolist()
@@ -548,7 +549,7 @@ def test_the_value_head_has_its_own_rate(process_group):
     """At every point of the schedule."""
     settings = {"method": "rl", "advantage": "gae", "lr": 1e-3, "value_lr": 0.02}
     learner = amft_learner(small_llama(), **settings)
-    learner.optimizer = amft.adamw(learner.args, learner.policy)
+    learner.optimizer = adamw(learner.args, learner.policy)
     head = {id(p) for p in learner.policy.value.parameters()}
     for schedule in (0.5, 1.0):
         learner.take_step([torch.ones_like(p) for p in learner.local_params], schedule)
@@ -574,7 +575,7 @@ def test_gradients_of_shards(lora, process_group):
         rows = random_rows(4, 1)
         amft.set_loss_weights(learner.args, learner.world, [], rows)
         G = learner.zeros()
-        sums = learner.backward(amft.Pass(rows, {"rl": (amft.ppo_loss, 0.5)}, [(G, 2.0)]))
+        sums = learner.backward(Pass(rows, {"rl": (amft.ppo_loss, 0.5)}, [(G, 2.0)]))
         found.append((flat(G), sums))
     (one, sums), (two, same_sums) = found
     assert one.abs().max() > 0
@@ -589,14 +590,14 @@ def test_rows_that_are_only_measured(process_group, monkeypatch):
     for row in rows:
         row.advantages = [0.0] * len(row.turn.ids)
     amft.set_loss_weights(learner.args, learner.world, [], rows)
-    monkeypatch.setattr(amft, "each_gradient", lambda *_: pytest.fail("a backward pass"))
+    monkeypatch.setattr("learner.each_gradient", lambda *_: pytest.fail("a backward pass"))
 
     def watched(batch, entropy_gradient):
         graphs.append(torch.is_grad_enabled())
         return forward(batch, entropy_gradient)
 
     learner.forward = watched
-    sums = learner.backward(amft.Pass(rows, {"rl": (amft.ppo_loss, 1.0)}, []))
+    sums = learner.backward(Pass(rows, {"rl": (amft.ppo_loss, 1.0)}, []))
     assert graphs == [False, False]
     assert sums["tokens"] == response_tokens(rows)
 
@@ -609,7 +610,7 @@ def test_sums_over_ranks(monkeypatch):
         calls.append((x.tolist(), group))
         x.mul_(2)
 
-    monkeypatch.setattr(amft.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     mesh = types.SimpleNamespace(get_group=lambda name: name)
     a, b = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])], [torch.tensor([4.0, -1.0])]
     b.append(torch.tensor([[5.0]]))
@@ -617,11 +618,11 @@ def test_sums_over_ranks(monkeypatch):
         calls.clear()
         world = types.SimpleNamespace(shards=shards, mesh=mesh, sum_over_replicas=calls.append)
         learner = types.SimpleNamespace(world=world, replicated=replicated)
-        assert amft.PolicyLearner.dot(learner, a, b) == product
+        assert PolicyLearner.dot(learner, a, b) == product
         assert calls == ([(17.0, "shard")] if product == 34 else [])
         calls.clear()
         gradient = [torch.arange(4.0)[1:]]
-        amft.PolicyLearner.sum_over_ranks(learner, gradient)
+        PolicyLearner.sum_over_ranks(learner, gradient)
         assert calls == ([([0, 1, 2, 3], None)] if replicated else [gradient])
 
 
@@ -637,7 +638,7 @@ def test_a_clipped_step(process_group):
             dot=lambda a, b: sum((x * y).sum().item() for x, y in zip(a, b, strict=True)),
         )
         G = [torch.tensor([[3.0, 0.0]]), torch.tensor([-4.0])]
-        assert amft.PolicyLearner.take_step(learner, G, schedule) == (5.0, True)
+        assert PolicyLearner.take_step(learner, G, schedule) == (5.0, True)
         assert flat(G).tolist() == [3, 0, -4]
         assert all(p.grad is None for p in model.parameters())
         reference = torch.optim.AdamW(plain.parameters(), lr=0.1 * schedule, eps=1.0)
@@ -648,19 +649,19 @@ def test_a_clipped_step(process_group):
         start = copy.deepcopy(model.state_dict())
         for wrong in (math.nan, math.inf):
             G[1][0] = wrong
-            assert amft.PolicyLearner.take_step(learner, G, 1.0) == (math.inf, False)
+            assert PolicyLearner.take_step(learner, G, 1.0) == (math.inf, False)
         assert_same_weights(model.state_dict(), start)
         nothing = [torch.zeros_like(p) for p in model.parameters()]
-        assert amft.PolicyLearner.take_step(learner, nothing, 1.0) == (0.0, True)
+        assert PolicyLearner.take_step(learner, nothing, 1.0) == (0.0, True)
 
 
-class Passes(amft.PolicyLearner):
+class Passes(PolicyLearner):
     """Takes no gradients, and steps until `fails`; each pass says 6 for its loss."""
 
     def __init__(self, fails: int = 99, **settings):
         self.args = amft.with_defaults(amft.Args(**settings))
         self.world = types.SimpleNamespace(sum=lambda *x: list(x), sum_over_replicas=self.summed)
-        self.method, self.replicated = amft.METHODS[self.args.method], False
+        self.replicated = False
         self.local_params = [torch.zeros(2)]
         self.fails, self.seen, self.buffers = fails, [], 0
 
@@ -668,6 +669,9 @@ class Passes(amft.PolicyLearner):
         self.buffers += 1
 
     def backward(self, work) -> dict:
+        if not work.targets:
+            assert work.rows == []
+            return {}
         self.seen.append((*work.losses, [row.prompt for row in work.rows]))
         sums = {"sft": 0.0, "rl": 0.0, "value": 1.0, "tokens": 5}
         return sums | {name: 6.0 for name in work.losses}
@@ -691,7 +695,7 @@ def test_minibatches_of_every_epoch():
         ("sft", [0, 3]), ("rl", [0, 0]), ("sft", [1, 4]), ("rl", [1, 4]), ("sft", [2]), ("rl", []),
     ]  # fmt: skip
     learner = Passes(method="fixed", epochs=2, minibatches=3)
-    step = learner.train_on(0.5, sft, rl, schedule=0.25, with_D=False)
+    step = amft.train_on(learner, 0.5, sft, rl, schedule=0.25, with_D=False)
     assert learner.seen == batches * 2
     assert (step.steps, step.finite, step.norm) == (6, True, 2.5)
     assert step.sums == {"sft": 6.0, "rl": 6.0, "value": 2.0, "tokens": 60}
@@ -699,7 +703,7 @@ def test_minibatches_of_every_epoch():
     assert learner.schedule == 0.25
     assert learner.buffers == 6
     learner = Passes(fails=3, method="fixed", epochs=2, minibatches=3)
-    step = learner.train_on(0.5, sft, rl, schedule=1.0, with_D=False)
+    step = amft.train_on(learner, 0.5, sft, rl, schedule=1.0, with_D=False)
     assert learner.seen == batches
     assert (step.steps, step.finite) == (2, False)
     assert step.sums == {"sft": 6.0, "rl": 6.0, "value": 2.0, "tokens": 30}
@@ -711,7 +715,7 @@ def test_buffers_of_a_step(method, buffers):
     sft, rl = rows_of_prompts(0, 1), rows_of_prompts(0, 1, 1)
     for with_D in (False, True):
         learner = Passes(method=method)
-        step = learner.train_on(0.5, sft, rl, schedule=1.0, with_D=with_D)
+        step = amft.train_on(learner, 0.5, sft, rl, schedule=1.0, with_D=with_D)
         assert learner.buffers == (buffers if with_D else 1)
         assert (step.D is not None) == with_D
         assert (step.halves is not None) == (with_D and method == "gac")
@@ -729,7 +733,7 @@ def test_disagreement_is_not_negative():
         step = amft.Step([], D, 1.0, 1, True, {}, halves)
         variance = sum(x * x for x in of_sft)
         expected = {"variance/rl": 9, "variance/sft": variance, "disagreement": apart}
-        assert amft.PolicyLearner.noise(learner, step) == expected
+        assert amft.gradient_noise(learner, step) == expected
 
 
 def groups_of_turns() -> list[list[Trajectory]]:
@@ -750,11 +754,11 @@ def test_entropy_of_responses(process_group):
     plain, entropies = PlainLosses(learner, [], []), []
     for trajectory in itertools.chain(*groups):
         for turn in trajectory.turns:
-            entropies.append(plain.outputs(amft.Row(turn, [])).entropy)
+            entropies.append(plain.outputs(Row(turn, [])).entropy)
     expected = torch.cat(entropies).mean().item()
     assert learner.entropy(groups) == pytest.approx(expected, rel=1e-6)
     assert learner.entropy([]) == 0
-    batches, filler = learner.batches, amft.collate_rows(random_rows(1), 0, torch.device("cpu"))
+    batches, filler = learner.batches, collate_rows(random_rows(1), 0, torch.device("cpu"))
     learner.batches = lambda rows: [*batches(rows), filler]
     assert learner.entropy(groups) == pytest.approx(expected, rel=1e-6)
 
@@ -773,7 +777,7 @@ def test_gradient_of_the_utility_by_halves(rank, size, process_group):
     for i, group in enumerate(groups):
         for trajectory, R, A in zip(group, returns[i], advantages[i], strict=True):
             assert trajectory.returns()[0] == R
-            rows = [amft.Row(turn, []) for turn in trajectory.turns]
+            rows = [Row(turn, []) for turn in trajectory.turns]
             logprob = sum(plain.outputs(row).logp.sum() for row in rows)
             halves[(rank + i * size) % 2].append(A * logprob)
     slopes = []
@@ -782,7 +786,7 @@ def test_gradient_of_the_utility_by_halves(rank, size, process_group):
         if terms:
             slope = flat(plain.gradient(sum(terms) / len(terms))).sum().item()
         slopes.append(slope)
-    found, noise = learner.grad_mu(groups, direction)
+    found, noise = amft.meta_gradient(learner, groups, direction)
     assert found == pytest.approx((slopes[0] + slopes[1]) / 2, rel=1e-5)
     assert noise == pytest.approx(abs(slopes[0] - slopes[1]) / 2, rel=1e-5)
 
@@ -792,7 +796,7 @@ def test_filler_of_a_learner(process_group):
     world = World(torch.device("cpu"), mesh=one_rank_mesh())
     policy = Policy(small_llama(), False)
     for turn in (None, Turn([1, 2], [3], [0.0], True, "", 1.0)):
-        learner = amft.PolicyLearner(amft.Args(), policy, None, world, 5, turn)
+        learner = PolicyLearner(amft.Args(), policy, None, world, 5, turn)
         assert learner.filler == (turn or Turn([5], [5], [0.0], True, "", 0.0))
         assert not learner.replicated
 
@@ -890,7 +894,7 @@ def test_meta_gradient_against_finite_differences(preconditioner, clip, lora, pr
 
     taken = step(0.4)
     assert (taken.norm > clip) == (clip < 1)
-    derivative = learner.derivative_by_mu(taken)
+    derivative = amft.derivative_by_mu(learner, taken)
     ours = learner.dot(torch.autograd.grad(utility(), learner.params), derivative)
     h, values = 1e-4, []
     for mu in (0.4 + h, 0.4 - h):
@@ -907,7 +911,7 @@ def test_the_gradient_of_adapters_is_that_of_the_merged_weights(process_group):
     model = small_llama()
     adapters = with_adapters(model)
     learner = amft_learner(model, adapters=adapters)
-    found = learner.train_on(0.4, sft, rl, schedule=1.0, with_D=True)
+    found = amft.train_on(learner, 0.4, sft, rl, schedule=1.0, with_D=True)
     merged = small_llama()
     layers, scale = dict(merged.named_modules()), 3.0 / 2
     with torch.no_grad():
@@ -915,7 +919,7 @@ def test_the_gradient_of_adapters_is_that_of_the_merged_weights(process_group):
             A, B = adapters.phi[2 * i : 2 * i + 2]
             layers[name].weight += scale * (B @ A)
     whole = amft_learner(merged)
-    expected = whole.train_on(0.4, sft, rl, schedule=1.0, with_D=True)
+    expected = amft.train_on(whole, 0.4, sft, rl, schedule=1.0, with_D=True)
     names = [name for name, _ in whole.policy.named_parameters()]
     for ours, theirs in ((found.G, expected.G), (found.D, expected.D)):
         for i, name in enumerate(adapters.layers):
@@ -979,7 +983,7 @@ def test_a_step_that_does_not_depend_on_mu(process_group):
         G = [mu * s + (1 - mu) * scale * r for s, r in pairs]
         D = [s - scale * r for s, r in pairs]
         norm, _ = learner.take_step(G, 1.0)
-        derivative = learner.derivative_by_mu(amft.Step(G, D, norm, 1, True, {}))
+        derivative = amft.derivative_by_mu(learner, amft.Step(G, D, norm, 1, True, {}))
         weights = torch.cat([p.detach().flatten().clone() for p in learner.params])
         return derivative is not None, weights
 
@@ -1003,7 +1007,7 @@ def test_the_derivative_takes_no_memory(process_group):
     G, D = ([torch.randn_like(p) for p in learner.params] for _ in range(2))
     norm, _ = learner.take_step(G, 1.0)
     step = amft.Step(G, D, norm, 1, True, {})
-    assert learner.derivative_by_mu(step) is D
+    assert amft.derivative_by_mu(learner, step) is D
     assert step.G is None
     assert step.D is None
 
@@ -1024,7 +1028,8 @@ def test_utility_gradient_is_unbiased(process_group):
     expected = 0.0
     for pair in itertools.product(range(5), repeat=2):
         group = [Trajectory([Turn(prompt, [y], [0.0], True, "", rewards[y])]) for y in pair]
-        estimate, _ = learner.grad_mu([group, group], direction)  # the two halves are alike
+        alike = [group, group]  # the two halves
+        estimate, _ = amft.meta_gradient(learner, alike, direction)
         expected += (p[pair[0]] * p[pair[1]]).item() * estimate
     assert expected == pytest.approx(exact, rel=1e-6)
 
@@ -1085,7 +1090,7 @@ def test_every_method_runs(method, first, second, tmp_path, embedded_task, monke
 def test_sft_then_rl_starts_afresh(tmp_path, embedded_task, monkeypatch):
     """After the SFT: no moments of it, and the rate rises again."""
     monkeypatch.setattr(amft, "load_task", lambda *_: embedded_task)
-    made, adamw = [], amft.adamw
+    made = []
 
     def capture(*args):
         made.append(adamw(*args))
@@ -1295,10 +1300,10 @@ class Watched:
         for owner, name in (
             (Actor, "rollout"),
             (Actor, "demonstrate"),
-            (amft.PolicyLearner, "train_on"),
-            (amft.PolicyLearner, "entropy"),
-            (amft.PolicyLearner, "grad_mu"),
-            (amft.PolicyLearner, "estimate_advantages"),
+            (PolicyLearner, "entropy"),
+            (amft, "train_on"),
+            (amft, "meta_gradient"),
+            (amft, "estimate_advantages"),
         ):
             patch.setattr(owner, name, self.watched(name, getattr(owner, name)))
 
@@ -1327,7 +1332,7 @@ class Watched:
     def of_entropy(self, entropy, groups) -> None:
         self.entropies.append(entropy)
 
-    def of_grad_mu(self, found, groups, derivative) -> None:
+    def of_meta_gradient(self, found, groups, derivative) -> None:
         self.gradients.append(found)
 
     def of_estimate_advantages(self, nothing, rows) -> None:
@@ -1464,7 +1469,7 @@ def test_the_steps_of_gac(watched, small_model, tmp_path):
 @pytest.mark.parametrize("method", ["amft", "gac"])
 def test_steps_that_say_nothing_of_mu(method, watched, small_model, tmp_path, monkeypatch):
     """The first is not finite, in the second all samples are cut and masked."""
-    train_on = amft.PolicyLearner.train_on
+    train_on = amft.train_on
 
     def disturbed(learner, *args, **kwargs):
         result = train_on(learner, *args, **kwargs)
@@ -1474,7 +1479,7 @@ def test_steps_that_say_nothing_of_mu(method, watched, small_model, tmp_path, mo
             result.sums["tokens"] = 0
         return result
 
-    monkeypatch.setattr(amft.PolicyLearner, "train_on", disturbed)
+    monkeypatch.setattr(amft, "train_on", disturbed)
     flags = ["--method", method, "--steps", "3", "--warmup-steps", "0", "--mu-every", "1"]
     flags += ["--mu-update", "shrunken"] if method == "amft" else []
     rows = watched.run(small_model, tmp_path / "r", *flags)
@@ -1547,7 +1552,7 @@ def test_recomputed_activations_of_adapters(small_model, process_group):
         with torch.no_grad():
             for p in policy.adapters.phi[1::2]:
                 p.fill_(0.1)
-        batch = amft.collate_rows(random_rows(2), 0, torch.device("cpu"))
+        batch = collate_rows(random_rows(2), 0, torch.device("cpu"))
         logprobs, _, _ = policy(batch["ids"], batch["mask"])
         logprobs.sum().backward()
         gradients = [p.grad for p in policy.adapters.phi]

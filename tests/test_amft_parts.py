@@ -12,6 +12,16 @@ import torch
 import amft
 from data import DataError, check_numbers
 from games.play import Trajectory, Turn
+from learner import (
+    PolicyLearner,
+    Row,
+    Tokens,
+    adamw,
+    add_to_targets,
+    collate_rows,
+    token_count,
+    trained_weights,
+)
 from model import ModelError, World
 from policy import Policy
 from tests.helpers import OneRank, small_llama
@@ -27,8 +37,8 @@ def turn_of(reward: float, prompt: int = 2, length: int = 3, finished: bool = Tr
     return Turn([5] * prompt, [7] * length, [-1.0] * length, finished, "", reward)
 
 
-def row_of(length: int = 3, prompt: int = 2, finished: bool = True, **fields) -> amft.Row:
-    return amft.Row(turn_of(0.0, prompt, length, finished), [0.0] * length, **fields)
+def row_of(length: int = 3, prompt: int = 2, finished: bool = True, **fields) -> Row:
+    return Row(turn_of(0.0, prompt, length, finished), [0.0] * length, **fields)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -347,7 +357,7 @@ def test_flags_of_one_method():
 # Rows, their weights and their advantages
 
 
-def tokens_of(**changes) -> amft.Tokens:
+def tokens_of(**changes) -> Tokens:
     """Two responses, of three and of two tokens."""
     mask = torch.tensor([[True, True, True], [True, True, False]])
     values = {
@@ -362,7 +372,7 @@ def tokens_of(**changes) -> amft.Tokens:
         "demonstration": torch.tensor([[False], [False]]),
         "right": torch.tensor([[False], [True]]),
     }
-    return amft.Tokens(**values | changes)
+    return Tokens(**values | changes)
 
 
 def test_entropy_is_no_part_of_srfts_gradient():
@@ -378,12 +388,14 @@ def test_entropy_is_no_part_of_srfts_gradient():
 def test_losses_that_mu_does_not_weigh():
     errors = torch.tensor([[0.5, 2.0, 2.0], [0.5, 2.0, 0.0]])  # (V - target)^2 / 2
     entropy = torch.tensor([[0.3, 0.6, 0.9], [0.2, 1.0, 0.0]])
-    torch.testing.assert_close(amft.value_loss(tokens_of()), errors)
-    args = amft.Args(entropy_coefficient=0.1, value_coefficient=0.3)
-    found = amft.auxiliary_loss(tokens_of(), args)
-    torch.testing.assert_close(found, 0.3 * errors - 0.1 * entropy)
-    found = amft.auxiliary_loss(tokens_of(values=None), args)
-    torch.testing.assert_close(found, -0.1 * entropy)
+    torch.testing.assert_close(amft.value_loss(tokens_of(), amft.Args()), errors)
+    torch.testing.assert_close(amft.entropy_bonus(tokens_of(), amft.Args()), -entropy)
+    value, bonus = (amft.value_loss, 0.3), (amft.entropy_bonus, 0.1)
+    settings = {"entropy_coefficient": 0.1, "value_coefficient": 0.3}
+    assert amft.auxiliary_losses(amft.Args()) == {}
+    assert amft.auxiliary_losses(amft.Args(**settings)) == {"bonus": bonus}
+    both = amft.auxiliary_losses(amft.Args(advantage="gae", **settings))
+    assert both == {"value": value, "bonus": bonus}
 
 
 def test_loss_of_the_utility():
@@ -424,7 +436,7 @@ def test_weights_of_rows():
     """srft: own samples and demonstrations apart; truncated rows weigh nothing if asked so."""
     rl = [row_of(3), row_of(4, finished=False), row_of(2), row_of(5, demonstration=True)]
     sft = [row_of(6), row_of(1)]
-    assert amft.tokens_of(rl) == 14
+    assert token_count(rl) == 14
     amft.set_loss_weights(args_of(method="srft"), OneRank(), sft, rl)
     assert [row.weight for row in rl] == [1 / 9, 1 / 9, 1 / 9, 1 / 5]
     assert [row.weight for row in sft] == [1 / 7, 1 / 7]
@@ -511,7 +523,7 @@ def shown_of_prompts() -> list[Trajectory]:
     return [episode(1.0, won=True, length=9), episode(1.0, 1.0, won=True, length=10)]
 
 
-def summary(rows: list[amft.Row]) -> list[tuple]:
+def summary(rows: list[Row]) -> list[tuple]:
     """(prompt, tokens, reward to go, demonstration, right) of rows, whose advantages must be one a
     token, and all the same."""
     found = []
@@ -545,7 +557,7 @@ def rows_by(method: str, groups=GROUPS, **settings) -> tuple:
     return amft.rows_of(args, groups, shown_of_prompts())
 
 
-def advantages_in(rows: list[amft.Row]) -> list[float]:
+def advantages_in(rows: list[Row]) -> list[float]:
     return [row.advantages[0] for row in rows]
 
 
@@ -604,20 +616,20 @@ def test_rows_of_unsolved_prompts():
 
 def test_batch_of_rows():
     """Each token at the place from which it is predicted; 32 tokens fit into 32, 33 need 64."""
-    first = amft.Row(
+    first = Row(
         Turn([11, 12, 13], [21, 22], [-0.5, -1.5], True, "", 1.0),
         [0.25, 0.75],
         weight=0.125,
         right=True,
         value_targets=[2.0, 3.0],
     )
-    second = amft.Row(
+    second = Row(
         Turn([14], [23, 24, 25], [0.0, 0.0, -2.0], True, "", 0.0),
         [-1.0, -2.0, -3.0],
         weight=0.5,
         demonstration=True,
     )
-    batch = amft.collate_rows([first, second], 9, CPU)
+    batch = collate_rows([first, second], 9, CPU)
     assert batch.pop("inputs") == {}
     ids = [[11, 12, 13, 21, 22], [14, 23, 24, 25]]
     mask, old, advantages, targets = (torch.zeros(2, 31) for _ in range(4))
@@ -643,17 +655,18 @@ def test_batch_of_rows():
     first.importance = [0.5, 2.0]  # of an engine's sample, beside a demonstration
     importance = torch.ones(2, 31)
     importance[0, 2:4] = torch.tensor([0.5, 2.0])
-    assert torch.equal(amft.collate_rows([first, second], 9, CPU)["importance"], importance)
+    assert torch.equal(collate_rows([first, second], 9, CPU)["importance"], importance)
     for length, padded in ((30, 32), (31, 64)):
-        assert amft.collate_rows([row_of(length)], 0, CPU)["ids"].shape == (1, padded)
+        assert collate_rows([row_of(length)], 0, CPU)["ids"].shape == (1, padded)
 
 
 # --------------------------------------------------------------------------------------------------
 # Passes
 
-EVEN, ODD = row_of(prompt=1), row_of(prompt=2)
+EVEN, ODD, SILENT = (row_of(prompt=n, weight=0.5) for n in (1, 2, 3))
 EVEN.prompt, ODD.prompt = 4, 3
-SFT_ROWS, RL_ROWS = [EVEN, ODD], [ODD, EVEN, EVEN]
+EVEN.advantages, ODD.advantages = [1.0, 0.0, 0.0], [-1.0, -1.0, -1.0]
+SFT_ROWS, LEARNING, RL_ROWS = [EVEN, ODD], [ODD, EVEN, EVEN], [ODD, SILENT, EVEN, EVEN]
 
 
 def passes_by(method: str, D=None, halves=None, mu: float = 0.25, **settings) -> list[tuple]:
@@ -666,36 +679,44 @@ def test_passes_of_a_step():
     """G = (1 - mu) g_RL + mu g_SFT + g_aux."""
     sft = (SFT_ROWS, {"sft": (amft.sft_loss, 0.25)}, [("G", 1.0)])
     losses = {"rl": (amft.ppo_loss, 0.75)}
-    assert passes_by("fixed") == [sft, (RL_ROWS, losses, [("G", 1.0)])]
-    beside = losses | {"auxiliary": (amft.auxiliary_loss, 1.0)}
+    assert passes_by("fixed") == [
+        sft,
+        (LEARNING, losses, [("G", 1.0)]),
+        ([SILENT], losses, []),  # is only measured
+    ]
     for settings in ({"entropy_coefficient": 0.01}, {"advantage": "gae"}):
-        assert passes_by("fixed", **settings) == [sft, (RL_ROWS, beside, [("G", 1.0)])]
+        beside = losses | amft.auxiliary_losses(amft.Args(**settings))
+        together = (RL_ROWS, beside, [("G", 1.0)])
+        assert passes_by("fixed", **settings) == [sft, together, ([], beside, [])]
     sft = (SFT_ROWS, {"sft": (amft.sft_loss, 1.0)}, [("G", 1.0)])
-    rl = (RL_ROWS, {"rl": (amft.reinforce_loss, 1.0)}, [("G", 1.0)])
-    assert passes_by("hpt", mu=0.0) == [sft, rl]
+    losses = {"rl": (amft.reinforce_loss, 1.0)}
+    rl = (LEARNING, losses, [("G", 1.0)])
+    assert passes_by("hpt", mu=0.0) == [sft, rl, ([SILENT], losses, [])]
 
 
 def test_passes_of_a_step_that_is_differentiated():
     """And D = g_SFT - g_RL; halves: of even prompts less those of odd ones."""
     sft_loss, rl_loss = {"sft": (amft.sft_loss, 1.0)}, {"rl": (amft.ppo_loss, 1.0)}
     sft_targets, rl_targets = [("D", 1.0), ("G", 0.25)], [("D", -1.0), ("G", 0.75)]
-    both = [(SFT_ROWS, sft_loss, sft_targets), (RL_ROWS, rl_loss, rl_targets)]
-    assert passes_by("amft", "D") == both
-    auxiliary = (RL_ROWS, {"auxiliary": (amft.auxiliary_loss, 1.0)}, [("G", 1.0)])
-    assert passes_by("amft", "D", entropy_coefficient=0.01) == [*both, auxiliary]
-    found = passes_by("gac", "D", ("hs", "hr"), advantage="gae")
+    silent = ([SILENT], rl_loss, [])
+    passes = [(SFT_ROWS, sft_loss, sft_targets), (LEARNING, rl_loss, rl_targets), silent]
+    assert passes_by("amft", "D") == passes
+    auxiliary = (RL_ROWS, {"bonus": (amft.entropy_bonus, 0.01)}, [("G", 1.0)])
+    assert passes_by("amft", "D", entropy_coefficient=0.01) == [*passes, auxiliary]
+    found = passes_by("gac", "D", ("hs", "hr"), entropy_coefficient=0.01)
     assert found == [
         ([EVEN], sft_loss, [*sft_targets, ("hs", 1.0)]),
         ([ODD], sft_loss, [*sft_targets, ("hs", -1.0)]),
         ([EVEN, EVEN], rl_loss, [*rl_targets, ("hr", 1.0)]),
         ([ODD], rl_loss, [*rl_targets, ("hr", -1.0)]),
+        silent,
         auxiliary,
     ]
 
 
 def test_gradients_go_to_all_targets():
     a, b = [torch.zeros(2), torch.ones(2)], [torch.zeros(2), torch.zeros(2)]
-    amft.add_to_targets([(a, 2.0), (b, -0.5)], 1, torch.tensor([3.0, -4.0]))
+    add_to_targets([(a, 2.0), (b, -0.5)], 1, torch.tensor([3.0, -4.0]))
     assert [x.tolist() for x in a] == [[0, 0], [7, -7]]
     assert [x.tolist() for x in b] == [[0, 0], [-1.5, 2]]
 
@@ -704,56 +725,47 @@ def test_gradients_go_to_all_targets():
 # What the learner measures
 
 
-def measured(losses: dict, tokens: amft.Tokens, clip_ratio: float = 0.2) -> dict:
+def measured(tokens: Tokens, clip_ratio: float = 0.2) -> dict:
     learner = types.SimpleNamespace(args=amft.Args(clip_ratio=clip_ratio))
-    names = ("value", "entropy", "tokens", "clipped", "kl")
-    sums = dict.fromkeys(names, 10.0)
-    amft.PolicyLearner.measure(learner, tokens, amft.Pass([], losses, []), sums)
+    sums = dict.fromkeys(("entropy", "tokens", "clipped", "kl"), 10.0)
+    PolicyLearner.measure(learner, tokens, sums)
     return {name: value - 10 for name, value in sums.items()}
 
 
 def test_what_is_measured_of_samples():
     """Ratios 1.25, 0.5, 1 and 0.8, 1.6; the mean of ratio - 1 - log ratio is that of the KL."""
-    nothing = dict.fromkeys(("value", "entropy", "tokens", "clipped", "kl"), 0.0)
     kl = [r - 1 - math.log(r) for r in (1.25, 0.5, 1.0, 0.8, 1.6)]
-    expected = {"value": 0.0, "entropy": 3.0, "tokens": 5, "clipped": 3, "kl": sum(kl)}
-    assert measured({"rl": ()}, tokens_of(), 0.23) == pytest.approx(expected, rel=1e-5)
-    assert measured({"rl": ()}, tokens_of(), 0.55)["clipped"] == 1
-    first = {"value": 0.0, "entropy": 1.8, "tokens": 3, "clipped": 2, "kl": sum(kl[:3])}
+    expected = {"entropy": 3.0, "tokens": 5, "clipped": 3, "kl": sum(kl)}
+    assert measured(tokens_of(), 0.23) == pytest.approx(expected, rel=1e-5)
+    assert measured(tokens_of(), 0.55)["clipped"] == 1
+    first = {"entropy": 1.8, "tokens": 3, "clipped": 2, "kl": sum(kl[:3])}
     shown = torch.tensor([[False], [True]])
-    assert measured({"rl": ()}, tokens_of(demonstration=shown)) == pytest.approx(first, rel=1e-5)
+    assert measured(tokens_of(demonstration=shown)) == pytest.approx(first, rel=1e-5)
     masked = torch.tensor([[0.25], [0.0]])
-    assert measured({"rl": ()}, tokens_of(weight=masked)) == pytest.approx(first, rel=1e-5)
-    value = 0.25 * 4.5 + 0.5 * 2.5
-    found = measured({"auxiliary": ()}, tokens_of())
-    assert found == pytest.approx(nothing | {"value": value})
-    found = measured({"auxiliary": (), "rl": ()}, tokens_of(), 0.23)
-    assert found == pytest.approx(expected | {"value": value}, rel=1e-5)
-    found = measured({"auxiliary": (), "rl": ()}, tokens_of(values=None), 0.23)
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert measured({"sft": ()}, tokens_of()) == nothing
+    assert measured(tokens_of(weight=masked)) == pytest.approx(first, rel=1e-5)
+
+
+def test_sums_with_the_tokens_weights():
+    """0.25 (1 + 0 + 1) and 0.5 (1 + 1): the second row has two tokens; then an engine's samples."""
+    loss = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 100.0]])
+    assert tokens_of().weighted_sum(loss).item() == 1.5
+    importance = torch.tensor([[4.0, 1.0, 1.0], [0.5, 1.0, 1.0]])
+    assert tokens_of(importance=importance).weighted_sum(loss).item() == 2.0
 
 
 def test_rows_without_a_gradient():
     rows = [row_of(2, weight=w) for w in (0.5, 0.5, 0.0, 0.0)]
     rows[0].advantages = [0.0, -1.0]
     rows[2].advantages = [1.0, 1.0]
-    for method, losses, learning in (
-        ("rl", ("rl",), [0]),
-        ("srft", ("rl",), [0, 1]),
-        ("rl", ("rl", "auxiliary"), [0, 1, 2, 3]),
-        ("rl", ("sft",), [0, 1, 2, 3]),
-    ):
-        learner = types.SimpleNamespace(method=amft.METHODS[method])
-        work = amft.Pass(rows, dict.fromkeys(losses), [])
-        found, silent = amft.PolicyLearner.split_silent(learner, work)
+    for method, learning in (("rl", [0]), ("srft", [0, 1])):
+        found, silent = amft.split_silent(rows, amft.METHODS[method])
         assert [rows.index(row) for row in found] == learning
         assert [rows.index(row) for row in silent] == [i for i in range(4) if i not in learning]
 
 
 def test_micro_batches(monkeypatch):
     """By length, as many as the rank with most rows has: fillers weigh nothing."""
-    learner = amft.PolicyLearner.__new__(amft.PolicyLearner)
+    learner = PolicyLearner.__new__(PolicyLearner)
     learner.args, learner.world, learner.pad_id = amft.Args(micro_batch=2), OneRank(), 0
     learner.filler = Turn([8, 8], [8, 8, 8], [0.0] * 3, True, "", 0.0)
     rows = [row_of(length, weight=0.5) for length in (7, 2, 5, 3, 6)]
@@ -763,7 +775,7 @@ def test_micro_batches(monkeypatch):
         asked.append((int(count), how))
         count.fill_(max(int(count), others[0]))
 
-    monkeypatch.setattr(amft.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     for others[0], fillers in ((0, 0), (3, 0), (5, 2)):
         batches = learner.batches(rows)
         lengths = [batch["mask"].sum(1).tolist() for batch in batches]
@@ -780,7 +792,7 @@ def test_micro_batches(monkeypatch):
 
 def test_value_estimates_that_are_all_right():
     """Advantages that are all the same become 0, not nan."""
-    learner = amft.PolicyLearner.__new__(amft.PolicyLearner)
+    learner = PolicyLearner.__new__(PolicyLearner)
     learner.args, learner.world = amft.Args(micro_batch=2, gae_lambda=1.0), OneRank()
     rows = [row_of(length, reward_to_go=1.0) for length in (3, 1, 2)]
     learner.batches = lambda rows: [None, None]
@@ -792,7 +804,7 @@ def test_value_estimates_that_are_all_right():
         return types.SimpleNamespace(values=torch.full(mask.shape, 0.25), mask=mask)
 
     learner.forward = forward
-    learner.estimate_advantages(rows)
+    amft.estimate_advantages(learner, rows)
     assert [row.value_targets for row in rows] == [[1.0] * 3, [1.0], [1.0] * 2]
     assert [row.advantages for row in rows] == [[0.0] * 3, [0.0], [0.0] * 2]
 
@@ -801,14 +813,14 @@ def test_trained_weights_by_name():
     """All that has a gradient; with adapters these, and what stands beside the frozen model."""
     policy = Policy(small_llama(torch.float32), True)
     names = [name for name, _ in policy.named_parameters()]
-    assert [name for name, _ in amft.trained_weights(policy)] == names
+    assert [name for name, _ in trained_weights(policy)] == names
     policy.lm.model.layers[0].requires_grad_(False)
     kept = [name for name in names if ".layers.0." not in name]
-    assert [name for name, _ in amft.trained_weights(policy)] == kept
+    assert [name for name, _ in trained_weights(policy)] == kept
     policy.lm.requires_grad_(False)
     phi = [torch.zeros(2), torch.ones(3)]
     policy.adapters = types.SimpleNamespace(phi=phi)
-    found = dict(amft.trained_weights(policy))
+    found = dict(trained_weights(policy))
     assert list(found) == ["phi.0", "phi.1", "value.weight", "value.bias"]
     assert found["phi.0"] is phi[0]
     assert found["phi.1"] is phi[1]
@@ -818,7 +830,7 @@ def test_optimizer():
     settings = {"lr": 0.25, "value_lr": 0.5, "betas": (0.8, 0.7), "weight_decay": 0.3}
     for value_head in (True, False):
         policy = Policy(small_llama(torch.float32), value_head)
-        optimizer = amft.adamw(args_of(**settings), policy)
+        optimizer = adamw(args_of(**settings), policy)
         groups = optimizer.param_groups
         rates = [(group["lr"], group["peak"]) for group in groups]
         assert rates == [(0.25, 0.25), (0.5, 0.5)][: len(groups)]

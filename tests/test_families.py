@@ -11,6 +11,7 @@ from transformers import AutoConfig
 import amft
 import fomaml
 import meta_lora
+from learner import PolicyLearner
 from lora import Adapters, linear_layers
 from model import ModelError, World, auto_class, check_head, load_config, turn_off_dropout
 from policy import Policy, sample
@@ -158,9 +159,11 @@ def policy_learner_norm(model, world: World) -> float:
     turn_off_dropout(policy)
     check_head(policy, world)
     still = {"params": list(policy.parameters()), "lr": 0.0, "peak": 0.0}
-    learner = amft.PolicyLearner(args, policy.train(), torch.optim.AdamW([still]), world, 0)
+    learner = PolicyLearner(args, policy.train(), torch.optim.AdamW([still]), world, 0)
     shown = random_rows(2, 2, vocab=90, demonstration=True)
-    step = learner.train_on(0.5, shown, random_rows(4, 1, vocab=90), schedule=1.0, with_D=False)
+    step = amft.train_on(
+        learner, 0.5, shown, random_rows(4, 1, vocab=90), schedule=1.0, with_D=False
+    )
     assert step.finite
     assert step.norm == pytest.approx(norm_of(step.G), rel=1e-4)
     return step.norm

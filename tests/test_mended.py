@@ -48,6 +48,7 @@ from data import (
 )
 from games.play import Trajectory, Turn, demonstrate, play
 from games.rules import Result
+from learner import Pass, PolicyLearner, Row
 from lora import Adapters
 from model import (
     ModelError,
@@ -245,13 +246,13 @@ def turn_of(reward: float, length: int = 3) -> Turn:
     return Turn([5, 6], [7] * length, [-1.0] * length, True, "", reward)
 
 
-def learner_of(**settings) -> amft.PolicyLearner:
+def learner_of(**settings) -> PolicyLearner:
     """A learner of one rank whose steps change nothing."""
     args = amft.with_defaults(amft.Args(**settings))
     policy = Policy(small_llama(), False).train()
     still = {"params": list(policy.parameters()), "lr": 0.0, "peak": 0.0}
     world = World(CPU, mesh=one_rank_mesh())
-    return amft.PolicyLearner(args, policy, torch.optim.AdamW([still]), world, 0)
+    return PolicyLearner(args, policy, torch.optim.AdamW([still]), world, 0)
 
 
 def test_srft_imitates_right_turns_only():
@@ -277,7 +278,7 @@ def groups_of(prompts: int, samples: int) -> tuple[list, list]:
 def passes(monkeypatch) -> list[dict]:
     """Of each backward pass on L_RL or L_SFT: how many rows of each prompt, and what they weigh."""
     seen = []
-    real = amft.PolicyLearner.backward
+    real = PolicyLearner.backward
 
     def backward(self, work):
         if work.rows:
@@ -289,7 +290,7 @@ def passes(monkeypatch) -> list[dict]:
             seen.append({"losses": set(work.losses), "rows": counts, "weight": weights})
         return real(self, work)
 
-    monkeypatch.setattr(amft.PolicyLearner, "backward", backward)
+    monkeypatch.setattr(PolicyLearner, "backward", backward)
     return seen
 
 
@@ -298,7 +299,7 @@ def test_minibatches_are_of_whole_prompts(process_group, passes):
     learner = learner_of(method="luffy", minibatches=2, prompts_per_step=4, samples=8)
     sft, rl = amft.rows_of(learner.args, *groups_of(4, 7))
     assert not sft
-    step = learner.train_on(0.0, sft, rl, schedule=1.0, with_D=False)
+    step = amft.train_on(learner, 0.0, sft, rl, schedule=1.0, with_D=False)
     assert step.steps == 2
     assert [p["losses"] for p in passes] == [{"rl"}, {"rl"}]
     for seen in passes:
@@ -320,7 +321,7 @@ def test_weights_of_hpt_know_minibatches(process_group, passes):
         )
         rows = amft.rows_of(learner.args, *groups_of(8, 4))
         assert len(rows[0]) == 4  # every other prompt is unsolved
-        learner.train_on(0.0, *rows, schedule=1.0, with_D=False)
+        amft.train_on(learner, 0.0, *rows, schedule=1.0, with_D=False)
         for kind in ("sft", "rl"):
             weights = [seen["weight"] for seen in passes if seen["losses"] == {kind}]
             found[count, kind] = sum(weights) / count
@@ -336,7 +337,7 @@ def test_logged_losses_are_means_over_updates(process_group):
     sums = []
     for epochs in (1, 2):
         learner = learner_of(method="fixed", epochs=epochs, samples=4)
-        sums.append(learner.train_on(0.5, shown, own, schedule=1.0, with_D=False).sums)
+        sums.append(amft.train_on(learner, 0.5, shown, own, schedule=1.0, with_D=False).sums)
     for name in ("sft", "rl"):
         assert sums[0][name] != 0
         assert sums[1][name] == pytest.approx(sums[0][name], rel=1e-6), name
@@ -1523,10 +1524,10 @@ def found_by_ranks(world: World) -> dict:
     settings = {"task": "general_points", "vision": True, "micro_batch": 2}
     args = amft.with_defaults(amft.Args(**settings))
     optimizer = torch.optim.AdamW(policy.parameters())
-    learner = amft.PolicyLearner(args, policy.train(), optimizer, world, 0)
+    learner = PolicyLearner(args, policy.train(), optimizer, world, 0)
     direction = [p.clone() for p in learner.local_params]
     groups = [validation_group()] * (2 // world.size)
-    grad_mu, noise = learner.grad_mu(groups, direction)
+    grad_mu, noise = amft.meta_gradient(learner, groups, direction)
     signal_to_noise = abs(grad_mu) / max(noise, 1e-30)
 
     config, tokenizer, processor = load_readers(args.model, True)
@@ -1534,11 +1535,11 @@ def found_by_ranks(world: World) -> dict:
     policy = amft.build(args, config, world)
     turns = [demonstrate(tokenizer, train, seed, processor).turns[0] for seed in range(3)]
     optimizer = torch.optim.AdamW(policy.parameters())
-    learner = amft.PolicyLearner(args, policy, optimizer, world, tokenizer.pad_token_id, turns[0])
-    rows = [amft.Row(turn, [0.0] * len(turn.ids), 0.01) for turn in turns]
+    learner = PolicyLearner(args, policy, optimizer, world, tokenizer.pad_token_id, turns[0])
+    rows = [Row(turn, [0.0] * len(turn.ids), 0.01) for turn in turns]
     mine = rows if world.rank == 0 else []
     G = learner.zeros()
-    learner.backward(amft.Pass(mine, {"sft": (amft.sft_loss, 1.0)}, [(G, 1.0)]))
+    learner.backward(Pass(mine, {"sft": (amft.sft_loss, 1.0)}, [(G, 1.0)]))
     norm = math.sqrt(learner.dot(G, G))
     entropy = learner.entropy([[Trajectory([row.turn])] for row in mine])
     return {"grad_mu": grad_mu, "signal_to_noise": signal_to_noise, "norm": norm, "H": entropy}

@@ -15,6 +15,7 @@ import fomaml
 import policy
 from data import embedded_examples, template
 from games.play import Turn
+from learner import Pass, PolicyLearner, Row, collate_rows
 from model import (
     World,
     auto_class,
@@ -134,13 +135,13 @@ def losses_of_sft_steps(actor: Policy, world: World) -> list[float]:
     """The loss in three steps of imitation on the same rows."""
     args = amft.with_defaults(amft.Args(method="fixed", micro_batch=4))
     groups = [{"params": list(actor.parameters()), "lr": 1e-2, "peak": 1e-2}]
-    learner = amft.PolicyLearner(args, actor, torch.optim.AdamW(groups), world, 0)
+    learner = PolicyLearner(args, actor, torch.optim.AdamW(groups), world, 0)
     rows = random_rows(6, vocab=96)
     amft.set_loss_weights(args, world, rows, [])
     losses = []
     for _ in range(3):
         gradient = learner.zeros()
-        work = amft.Pass(rows, {"sft": (amft.sft_loss, 1.0)}, [(gradient, 1.0)])
+        work = Pass(rows, {"sft": (amft.sft_loss, 1.0)}, [(gradient, 1.0)])
         losses.append(learner.backward(work)["sft"])
         norm, taken = learner.take_step(gradient, 1.0)
         assert taken, f"a gradient of norm {norm}"
@@ -245,8 +246,8 @@ def test_vision_models(family):
     for i, s in enumerate(samples):
         prompt = prompts[i // 2]
         turn = Turn(prompt.ids, s.ids, s.logprobs, s.finished, "", 1.0, prompt.inputs)
-        rows.append(amft.Row(turn, [0.0] * len(s.ids)))
-    batch = amft.collate_rows(rows, 0, torch.device("cpu"))
+        rows.append(Row(turn, [0.0] * len(s.ids)))
+    batch = collate_rows(rows, 0, torch.device("cpu"))
     logprobs, _, _ = Policy(lm, False)(batch["ids"], batch["mask"], **batch["inputs"])
     mask = batch["mask"]
     torch.testing.assert_close(logprobs[mask], batch["old"][mask], rtol=0, atol=1e-4)

@@ -13,6 +13,7 @@ import amft
 from data import DataError
 from games.play import Actor
 from games.rules import Result
+from learner import PolicyLearner
 from lora import Adapters
 from model import ModelError, World, load_config, load_weights
 from policy import Policy, never, sample
@@ -72,11 +73,11 @@ def logprobs_alone(model, row) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(row.turn.ids)[:, None])[:, 0]
 
 
-def learner_of(**settings) -> amft.PolicyLearner:
+def learner_of(**settings) -> PolicyLearner:
     args = args_of(micro_batch=3, **settings)
     policy = Policy(small_llama(), value_head=False)
     optimizer = torch.optim.AdamW([{"params": list(policy.parameters()), "lr": 0, "peak": 0}])
-    return amft.PolicyLearner(args, policy, optimizer, World(CPU), 0)
+    return PolicyLearner(args, policy, optimizer, World(CPU), 0)
 
 
 def test_correction_against_a_loop(group):
@@ -100,7 +101,7 @@ def test_correction_against_a_loop(group):
     tokens = sum(len(row.turn.ids) for row in rows)
     assert 0 < cut < tokens
     expected = torch.autograd.grad(loss / tokens, learner.params)
-    got = learner.train_on(0.0, [], rows, schedule=0.0, with_D=False).G
+    got = amft.train_on(learner, 0.0, [], rows, schedule=0.0, with_D=False).G
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e.detach(), rtol=1e-4, atol=1e-7)  # weights are fp32
 
@@ -131,7 +132,9 @@ def test_utility_is_corrected(group):
                 turn = row.turn._replace(old_logprobs=old, reward=float(len(trajectories)))
                 trajectories.append(amft.Trajectory([turn]))
             groups.append(trajectories)
-    once, twice = (learner.grad_mu(groups, derivative)[0] for groups in (plain, shifted))
+    once, twice = (
+        amft.meta_gradient(learner, groups, derivative)[0] for groups in (plain, shifted)
+    )
     assert abs(once) > 0
     assert twice == pytest.approx(2 * once, rel=1e-6)
 
@@ -440,7 +443,7 @@ def test_reinforcement_learning_learns(engine, model):
     optimizer = torch.optim.AdamW([weights])
     optimizer.register_step_post_hook(engine.weights_changed)
     world = World(CPU)
-    learner = amft.PolicyLearner(args, policy, optimizer, world, tokenizer.pad_token_id)
+    learner = PolicyLearner(args, policy, optimizer, world, tokenizer.pad_token_id)
     actor = Actor(
         policy,
         policy.lm,
@@ -461,7 +464,7 @@ def test_reinforcement_learning_learns(engine, model):
         _, rows = amft.rows_of(args, groups, [group[0] for group in groups])
         metrics = learner.correct(rows)
         assert metrics["engine/kl"] < 1e-6 and metrics["engine/cut"] == 0
-        learner.train_on(0.0, [], rows, schedule=1.0, with_D=False)
+        amft.train_on(learner, 0.0, [], rows, schedule=1.0, with_D=False)
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.05, rewards
 
 
