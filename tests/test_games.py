@@ -6,9 +6,11 @@ import json
 import math
 import random
 import re
+import runpy
 import sys
 import time
 import types
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -17,6 +19,8 @@ from PIL import Image, ImageChops, ImageDraw
 import games
 import games.__main__ as terminal
 import games.play
+import games.problems
+import policy
 from data import BOX, DataError, Example, embedded_examples
 from games import games_of
 from games.__main__ import save_picture
@@ -30,9 +34,11 @@ from games.general_points import (
     solutions,
     solvable,
 )
-from games.play import Actor, Trajectory, Turn
+from games.play import Actor, Trajectory, Turn, demonstrate, play
 from games.problems import (
     MathProblems,
+    _asking,
+    _source,
     _unearned,
     load_demonstrations,
     load_problems,
@@ -55,7 +61,8 @@ from games.virl import (
     turn,
     wrap,
 )
-from model import load_config
+from model import ModelError, load_config
+from policy import Prompt, Sample
 from tests.helpers import SHARED, hostile_rows
 
 GAMES = [
@@ -155,6 +162,63 @@ def test_tests_of_the_games():
     assert games_of("general_points", rule="11_12_13")[2]["rule"].rule == "10"
     assert "visual" not in games_of("virl")[2]
     assert games_of("general_points")[0].attempts == 5
+
+
+def test_settings_of_the_games():
+    """What is asked for is what is played, in all sets; without a word the originals' settings."""
+    game, validation, tests = games_of("general_points", rule="11_12_13", suits="red", vision=True)
+    assert game == GeneralPoints("11_12_13", "red", vision=True)
+    assert validation == replace(game, split="validation")
+    assert tests == {
+        "in distribution": GeneralPoints("11_12_13", "red", vision=True, split="test"),
+        "rule": GeneralPoints("10", "red", vision=True, split="test"),
+        "visual": GeneralPoints("11_12_13", "black", vision=True, split="test"),
+    }
+    game, _, tests = games_of("general_points")
+    assert game == GeneralPoints("10", "black", False, False, "train", 24, 5)
+    assert list(tests) == ["in distribution", "rule"]
+    game, _, tests = games_of("virl")
+    assert game == VIRL("absolute", False, False, "train", 0, (2, 6), 5, (), 2)
+    assert tests == {
+        "in distribution": VIRL(split="test"), "rule": VIRL("relative", split="test"),
+    }  # fmt: skip
+    small = {"vision": True, "compact": True, "turns": (2, 3), "forward_points": 1}
+    game, validation, tests = games_of("virl", vision=True, compact=True)
+    assert game == VIRL(**small)
+    assert validation == VIRL(**small, split="validation")
+    assert tests == {
+        "in distribution": VIRL(**small, split="test"),
+        "rule": VIRL("relative", **small, split="test"),
+        "visual": VIRL(**small, split="test", style=1),
+    }
+
+
+def test_what_a_seed_names_stays():
+    """docs/games.md's deal, another, and two walks: results of other days are of the same games."""
+    for game, seed, cards, formula in (
+        (GeneralPoints(), 3, "5 J K 7", "10+10/(5/7)=24"),
+        (GeneralPoints("11_12_13", split="test"), 3, "7 Q 8 K", "12+7-(8-13)=24"),
+    ):
+        hand = game.reset(seed)
+        assert [rank for rank, _ in hand.cards] == cards.split()
+        assert json.loads(game.expert(hand))["formula"] == formula
+    suits = [suit for _, suit in GeneralPoints(suits="red").reset(3).cards]
+    assert suits == ["diamonds", "diamonds", "hearts", "diamonds"]
+    walk = VIRL().reset(3)
+    assert walk.instructions == [
+        "First, turn right to face north.",
+        "Move forward until you reach next intersection where Red Hotel is on your right.",
+        "Turn right to face east.",
+        "Move forward until you reach destination where Corner Gallery is on your left.",
+    ]
+    assert [p.instruction for p in walk.positions] == [0, 1, 1, 1, 2, 3, 3, 3, 3, 3, 3, 3]
+    walk = VIRL("relative", split="test").reset(5)
+    turns = [p.action for p in walk.positions if p.action.startswith("turn")]
+    assert turns == [f"turn_direction({by})" for by in ("right", "left", "left", "left", "right")]
+    assert walk.instructions[7::2] == [
+        "Move forward until you reach next intersection where Lucky Bakery is on your right.",
+        "Move forward until you reach destination.",
+    ]
 
 
 def test_routes_of_the_tests(monkeypatch):
@@ -561,6 +625,13 @@ def test_fields_of_an_answer():
     assert fields_of('"formula": "1"' + " " * 7987, ("formula",)) == {}
 
 
+def test_an_answer_nested_too_deep():
+    """For the parser; its fields are searched for."""
+    deep = '{"x": ' + "[" * 3500 + "]" * 3500 + ', "formula": "1"}'
+    assert fields_of(deep, ("formula",)) == {"formula": "1"}
+    assert fields_of("}{", ("formula",)) == {}
+
+
 def test_messages_of_a_game():
     assert chat("task", None, [("a", "m"), ("b", "n")]) == [
         {"role": "user", "content": "task"},
@@ -594,6 +665,18 @@ def test_functions_of_the_user(tmp_path, monkeypatch):
         with pytest.raises(DataError) as caught:
             own_function(name, "--reward")
         assert str(caught.value) in (f"--reward {name} {said}", f"--reward {name}: {said}")
+
+
+def test_functions_of_a_file_at_home(tmp_path, monkeypatch):
+    """~ is the user's folder; a dataclass of the file finds its module."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own_home.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\n"
+        "class Point:\n    x: dataclasses.InitVar[int]\n\ndef f(x):\n    return Point(x)\n"
+    )
+    assert type(own_function("~/own_home.py:f", "--task")(3)).__name__ == "Point"
+    with pytest.raises(DataError, match="^--task ~/none.py:f: FileNotFoundError: "):
+        own_function("~/none.py:f", "--task")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -985,6 +1068,19 @@ def test_headings_and_landmarks_of_files(tmp_path):
     with pytest.raises(DataError) as caught:
         load_routes(str(file))
     assert str(caught.value).startswith(f"{file} is not a route file: JSONDecodeError ")
+
+
+def test_landmarks_without_a_bearing(tmp_path):
+    """What a file does not say, or in words that are none of the eight, is ahead."""
+    seen = [{"name": "Deli"}, {"name": "Bank", "bearing": "above"}, "Cafe", "Bar is on your up"]
+    record = {
+        "milestone_info": [{"to_next_intersection_heading": "90", "landmarks": seen}],
+        "route_results": {"geocode_list": [[0, 0], [0, 1]]},
+    }
+    (tmp_path / "r.json").write_text(json.dumps([[record], 1]))
+    (route,) = load_routes(str(tmp_path / "r.json"))
+    assert route.landmarks == ((("Deli", 90), ("Bank", 90), ("Cafe", 90), ("Bar", 90)),)
+    assert math.isnan(route.initial_heading)
 
 
 def walk_of(seed: int = 0, *, headings=(0, 270), lengths=(50, 50), landmarks=None, **settings):
@@ -1446,6 +1542,321 @@ def test_what_an_actor_plays(monkeypatch):
         (*shared, "own", 1025, 64, 1.0, None, "processor"),
     ]
     assert [call[-2]() for call in calls] == [True, False, True]
+
+
+class Countdown:
+    """A game of as many turns as its seed says; it is won where the seed is even."""
+
+    def reset(self, seed: int) -> list[int]:
+        return [seed, seed]
+
+    def prompt(self, state: list[int]) -> list[dict]:
+        return [{"role": "user", "content": f"{state[1]} left"}]
+
+    def step(self, state: list[int], text: str) -> Result:
+        state[1] -= 1
+        over = state[1] == 0
+        return Result(float(text), over, over and state[0] % 2 == 0, "", {"left": state[1]})
+
+    def expert(self, state: list[int]) -> str:
+        return str(10 * state[0] + state[1])
+
+
+class Sampler:
+    """Answers call c's k-th response with c and k, two digits, of which the odd are unfinished; or
+    its arguments are those of sample_with_pictures."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls, self.options = tokenizer, [], []
+
+    def __call__(self, model, tokenizer, prompts, samples, *limits, **options) -> list[Sample]:
+        assert (model, tokenizer) == ("model", self.tokenizer)
+        ids = [getattr(prompt, "ids", prompt) for prompt in prompts]
+        self.calls.append((self.tokenizer.batch_decode(ids), samples, limits))
+        self.options.append(options)
+        responses = []
+        for k in range(samples * len(prompts)):
+            ids = self.tokenizer(f"{len(self.calls)}{k}", add_special_tokens=False)["input_ids"]
+            finished = k % 2 == 0
+            responses.append(Sample(ids + [1] * finished, [-0.5 - k] * len(ids), finished))
+        return responses
+
+
+def rewards(groups) -> list:
+    return [[[turn.reward for turn in t.turns] for t in group] for group in groups]
+
+
+ASKED = [
+    ([f"<|user|>{n} left<|assistant|>" for n in (1, 3, 2)], 2),
+    ([f"<|user|>{n} left<|assistant|>" for n in (2, 2, 1, 1)], 1),
+    ([f"<|user|>{n} left<|assistant|>" for n in (1, 1)], 1),
+]
+# Of the seeds 1, 3 and 2, two samples each
+REWARDS = [[[10], [11]], [[12, 20, 30], [13, 21, 31]], [[14, 22], [15, 23]]]
+
+
+def test_episodes_advance_together():
+    """All that are not over take a turn in one call: first by seed, then each with its own prompt;
+    everything goes to the sampler and every response to its episode."""
+    _, tokenizer = load_config("tiny")
+
+    def never() -> bool:
+        return False
+
+    def played(seeds, key: str, progress=None):
+        sampler = Sampler(tokenizer)
+        groups = play(
+            "model", tokenizer, Countdown(), seeds, 2, key, 7, 5, 0.3, progress, None, never,
+            sampler,
+        )  # fmt: skip
+        return groups, sampler
+
+    groups, sampler = played((1, 3, 2), "key", "shown")
+    assert sampler.calls == [(*asked, (7, 0.3)) for asked in ASKED]
+    assert rewards(groups) == REWARDS
+    assert [[t.won for t in group] for group in groups] == [[False] * 2, [False] * 2, [True] * 2]
+    streams = []
+    for options in sampler.options:
+        streams += options.pop("seeds")
+        assert options == {
+            "stop": {tokenizer.eos_token_id}, "batch_size": 5, "progress": "shown",
+            "interrupted": never,
+        }  # fmt: skip
+    assert len(set(streams)) == len(streams) == 12
+    alone = played((3,), "key")[1].options
+    assert [options["seeds"] for options in alone] == [streams[2:4], streams[6:8], streams[10:]]
+    assert played((3,), "other")[1].options[0]["seeds"] != streams[2:4]
+    first, second = groups[1][0].turns[0], groups[1][1].turns[0]
+    ids = tokenizer("12", add_special_tokens=False)["input_ids"]
+    prompt = tokenizer("<|user|>3 left<|assistant|>", add_special_tokens=False)["input_ids"]
+    assert first == Turn(prompt, [*ids, 1], [-2.5] * len(ids), True, "12", 12.0, {}, {"left": 2})
+    assert (second.finished, second.text, second.noted) == (False, "13", {"left": 2})
+
+
+def test_interrupted_episodes_are_cut_short():
+    """After the turn in which it is asked for; each sample keeps what it has."""
+    _, tokenizer = load_config("tiny")
+    for turns in range(3):
+        asked = itertools.count(1)
+        groups = play(
+            "model", tokenizer, Countdown(), (1, 3, 2), 2, "key", 7,
+            interrupted=lambda asked=asked, turns=turns: next(asked) > turns,
+            sampler=Sampler(tokenizer),
+        )  # fmt: skip
+        assert rewards(groups) == [[t[:turns] for t in group] for group in REWARDS]
+
+
+def test_episodes_with_pictures(monkeypatch):
+    """Prompts and demonstrations come from the processor, whose inputs the turns keep."""
+    _, tokenizer = load_config("tiny")
+    real = games.play.encode_prompts
+
+    def encode(tokenizer, conversations, processor):
+        assert processor == "eyes"
+        texts = [messages[0]["content"] for messages in conversations]
+        prompts = real(tokenizer, conversations)
+        return [Prompt(p.ids, {"seen": text}) for p, text in zip(prompts, texts, strict=True)]
+
+    sampler = Sampler(tokenizer)
+    monkeypatch.setattr(games.play, "encode_prompts", encode)
+    monkeypatch.setattr(games.play, "sample_with_pictures", sampler)
+    settings = {"batch_size": 5, "temperature": 0.3, "processor": "eyes"}
+    groups = play("model", tokenizer, Countdown(), (1, 3, 2), 2, "key", 7, **settings)
+    assert rewards(groups) == REWARDS
+    stop = {tokenizer.eos_token_id}
+    assert [(prompts, n, limits[:-1]) for prompts, n, limits in sampler.calls] == [
+        (*asked, (7, 0.3, stop, 5)) for asked in ASKED
+    ]
+    text = Sampler(tokenizer)
+    monkeypatch.setattr(games.play, "encode_prompts", real)
+    play("model", tokenizer, Countdown(), (1, 3, 2), 2, "key", 7, sampler=text)
+    assert [limits[-1] for *_, limits in sampler.calls] == [o["seeds"] for o in text.options]
+    for group in groups:
+        for trajectory in group:
+            assert [turn.inputs["seen"] for turn in trajectory.turns] == [
+                f"{n} left" for n in range(len(trajectory.turns), 0, -1)
+            ]
+    monkeypatch.setattr(games.play, "encode_prompts", encode)
+    seen = demonstrate(tokenizer, Countdown(), 2, "eyes").turns
+    assert [turn.inputs for turn in seen] == [{"seen": "2 left"}, {"seen": "1 left"}]
+
+
+def test_what_the_expert_shows():
+    """An answer a turn until the game is over, with the token that ends a turn."""
+    _, tokenizer = load_config("tiny")
+    episode = demonstrate(tokenizer, Countdown(), 2)
+    assert episode.won
+    for done, text, left in zip(episode.turns, ("22", "21"), (2, 1), strict=True):
+        ids = tokenizer(f"{text}<|end|>", add_special_tokens=False)["input_ids"]
+        prompt = f"<|user|>{left} left<|assistant|>"
+        prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        zeros, noted = [0.0] * len(ids), {"left": left - 1}
+        assert done == Turn(prompt, ids, zeros, True, text, float(text), {}, noted)
+
+
+def test_rollouts_of_an_actor(monkeypatch):
+    """The policy is whole while it plays, and only then; to the end where that is asked for."""
+    seen = []
+
+    @contextlib.contextmanager
+    def gathered(model):
+        seen.append(model)
+        yield
+        seen.append("apart")
+
+    monkeypatch.setattr(games.play, "gathered", gathered)
+    monkeypatch.setattr(games.play, "play", lambda *args: seen.append(args[-2]()))
+    monkeypatch.setattr(games.play, "demonstrate", lambda *args: args)
+    world = types.SimpleNamespace(rank=0, size=1)
+    stop = types.SimpleNamespace(is_requested=lambda: True)
+    actor = Actor(
+        "policy", "lm", "tokenizer", "eyes", world, seed=7, max_new_tokens=9, batch_size=4,
+        stop=stop,
+    )  # fmt: skip
+    actor.rollout("game", [3], 2, "key", to_the_end=True)
+    actor.rollout("game", [3], 2, "key")
+    assert seen == ["policy", False, "apart", "policy", True, "apart"]
+    assert actor.demonstrate("game", 3) == ("tokenizer", "game", 3, "eyes")
+    assert actor.sampler is policy.sample
+
+
+def test_sources_of_problems(monkeypatch):
+    """Embedded: the known families' own part, and as many tests as asked for, about, of the known
+    and half as many of the others. The hub: LUFFY's rows, which have no test of their own."""
+    calls = []
+
+    def rows(per_family, seed, part, *roles):
+        calls.append((per_family, seed, part, *roles))
+        return {"a": [f"{part} {roles[0]} {i}" for i in range(2)], "b": ["last"]}
+
+    monkeypatch.setattr(games.problems, "embedded_examples", rows)
+    for test, known, unseen in ((1, 1, 1), (70, 2, 2), (84, 3, 2), (85, 3, 3)):
+        calls.clear()
+        train, tests = _source("embedded", test, 9)
+        assert calls == [
+            (400, 9, "post", "pretraining"), (known, 9, "final", "pretraining"),
+            (unseen, 9, "final", "training", "heldout"),
+        ]  # fmt: skip
+    assert train == ["post pretraining 0", "post pretraining 1", "last"]
+    assert tests == {
+        "trained families": ["final pretraining 0", "final pretraining 1", "last"],
+        "unseen families": ["final training 0", "final training 1", "last"],
+    }
+
+    asked = []
+    row = {"prompt": "How many?", "target": r"Some. \boxed{3}", "reward_model": {
+        "ground_truth": "3"}}  # fmt: skip
+    tables = {"train": [row], "test": []}
+    monkeypatch.setattr(games.problems, "hub_tables", lambda name: asked.append(name) or tables)
+    ((example,), tests) = _source("hub", 10, 9)
+    assert (example.prompt, example.response, example.answer, tests) == (
+        "How many?", r"Some. \boxed{3}", "3", {},
+    )  # fmt: skip
+    assert asked == ["Elliott/Openr1-Math-46k-8192"]
+
+
+def test_what_follows_a_problem():
+    """BOX, but for embedded ones and those that speak of the box themselves."""
+    example = Example("1 + 1?", "r", "2", "s", 1, "i")
+    for data, suffix, said in (
+        ("embedded", None, "1 + 1?"), ("embedded", " Say.", "1 + 1? Say."),
+        ("hub", None, f"1 + 1?{BOX}"), ("a.jsonl", None, f"1 + 1?{BOX}"), ("hub", "", "1 + 1?"),
+    ):  # fmt: skip
+        assert _asking(example, data, suffix) == replace(example, prompt=said)
+    boxed = replace(example, prompt=r"1 + 1? Answer in \boxed{}.")
+    assert _asking(boxed, "hub", None) == _asking(boxed, "hub", " Say.") == boxed
+
+
+def test_a_model_in_the_terminal(monkeypatch):
+    """Its likeliest answer, of up to 256 tokens, for which its positions must suffice."""
+    _, tokenizer = load_config("tiny")
+    calls = []
+
+    def sample(model, tokenizer, prompts, **options):
+        assert not model.training
+        calls.append((tokenizer.batch_decode(prompts), options))
+        return [Sample([*tokenizer("42", add_special_tokens=False)["input_ids"], 1], [], True)]
+
+    monkeypatch.setattr(policy, "sample", sample)
+    answer = terminal.model_player("tiny")
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    assert answer([*messages, {"role": "user", "content": "z"}]) == "42"
+    options = {"max_new_tokens": 256, "temperature": 0, "stop": {tokenizer.eos_token_id}}
+    prompt = "<|user|>x<|assistant|>y<|end|><|user|>z<|assistant|>"
+    assert calls == [([prompt], options)]
+    digits = 2048 - 256 - 2  # what surrounds them is two tokens
+    answer([{"role": "user", "content": "1" * digits}])
+    with pytest.raises(ModelError, match="^rows of up to 2049 tokens, .* lower .*--compact$"):
+        answer([{"role": "user", "content": "1" * (digits + 1)}])
+
+
+def test_games_as_asked_for_in_the_terminal(tmp_path, capsys, monkeypatch):
+    """Rule, suits, actions, length and seed reach the game; the player's answers count."""
+    shown = []
+    monkeypatch.setattr(terminal, "save_picture", lambda game, *rest: shown.append((game, *rest)))
+    asked = []
+
+    def model_player(name: str):
+        def answer(messages):
+            asked.append((name, messages))
+            return "stop()" if len(asked) % 2 else game.expert(state)
+
+        return answer
+
+    monkeypatch.setattr(terminal, "model_player", model_player)
+    game = VIRL("relative", compact=True)
+    state = game.reset(4)
+    settings = {"actions": "relative", "compact": True, "seed": 4, "player": "folder"}
+    terminal.main(terminal.Args("virl", **settings))
+    assert shown.pop() == (game, 4, "game.png")
+    assert [name for name, _ in asked] == ["folder"] * 4  # a right one, then what was right there
+    assert asked[0][1] == game.prompt(state)
+    said = capsys.readouterr().out
+    assert said.count("folder: stop()\nreward -1: There is no action in your answer.") == 2
+    assert said.count("reward +1: Right.") == 1
+
+    terminal.main(terminal.Args("general_points", rule="11_12_13", suits="red", seed=5))
+    assert shown.pop() == (GeneralPoints("11_12_13", "red"), 5, "game.png")
+    assert "'J' counts as 11" in capsys.readouterr().out
+    terminal.main(terminal.Args("general_points", compact=True))
+    assert shown.pop() == (GeneralPoints(compact=True), 0, "game.png")
+    terminal.main(terminal.Args("virl"))
+    assert shown.pop() == (VIRL(), 0, "game.png")
+    typed = iter([' {"action": "stop()"} ', "stop()"])
+    monkeypatch.setattr("builtins.input", lambda asked: next(typed))
+    assert terminal.human("action") == terminal.human("action") == '{"action": "stop()"}'
+
+
+def test_a_picture_where_there_is_nothing_to_see(monkeypatch):
+    """Of the start."""
+    shown = []
+    picture = types.SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr(VIRL, "render", lambda _, state, width: shown.append(state) or picture)
+    save_picture(VIRL(routes=(Route(0, (0, 90), ((), ()), (50, 50)),)), 0, "game.png")
+    assert shown[0].place == 0
+
+
+@pytest.mark.parametrize(
+    "ends,status,said",
+    [(EOFError, None, ""), (KeyboardInterrupt, 130, ""), (OSError("full"), 2, "games: full\n")],
+)
+def test_how_the_terminal_is_left(ends, status, said, tmp_path, monkeypatch, capsys):
+    """By the end of the input without an error, by Ctrl-C as programs do."""
+
+    def ask(_):
+        raise ends
+
+    monkeypatch.setattr("builtins.input", ask)
+    picture = str(tmp_path / "p.png")
+    argv = ["games", "virl", "--player", "human", "--picture", picture]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.delitem(sys.modules, "games.__main__")
+    with contextlib.ExitStack() as stack:
+        if status is not None:
+            caught = stack.enter_context(pytest.raises(SystemExit))
+        runpy.run_module("games", run_name="__main__")
+    assert status is None or caught.value.code == status
+    assert capsys.readouterr().err == said
 
 
 def test_games_in_the_terminal(tmp_path, capsys, monkeypatch):
