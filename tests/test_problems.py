@@ -6,8 +6,11 @@ import json
 import math
 import random
 import re
+import runpy
+import sys
 import types
 import zlib
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,9 +19,11 @@ import torch
 
 import checker
 import tiny.train
-from data import Encoded, Example, embedded_examples, load_tasks
-from games.play import Trajectory, Turn
-from model import ModelError, load_config
+from data import DataError, Encoded, Example, embedded_examples, load_tasks
+from games import games_of
+from games.general_points import GeneralPoints
+from games.play import Trajectory, Turn, demonstrate
+from model import EMBEDDED, ModelError, load_config, load_weights
 from tests import answers
 from tests.answers import expression
 from tests.helpers import small_llama
@@ -498,6 +503,40 @@ def test_rows_of_all_families():
     ]  # fmt: skip
 
 
+def test_what_a_seed_names_stays():
+    """The embedded models were trained on these very problems, and the studies' results are of
+    them: two written out, of all others a checksum as it was then."""
+    checksums = {"train": 4203070016, "test": 556229208, "post": 1835864382, "final": 2477405727}
+    for part, checksum in checksums.items():
+        rows = embedded_rows(5, 0, part)
+        assert zlib.crc32(json.dumps(rows).encode()) == checksum, part
+    rows = embedded_rows(2, 0, "train")
+    assert list(rows)[::8] == [
+        "Prealgebra/add_and_subtract", "Algebra/linear_equation",
+        "Intermediate Algebra/remainder_theorem", "Precalculus/degrees_to_radians",
+        "Number Theory/division_remainder", "Counting & Probability/arrangements",
+        "Geometry/rectangle_perimeter",
+    ]  # fmt: skip
+    for name, problem, level in (
+        ("Algebra/linear_equation", "Solve $4x + 13 = -19$ for $x$.", 2),
+        ("Precalculus/degrees_to_radians", r"Convert $660^\circ$ to radians.", 3),
+    ):
+        assert (rows[name][1]["problem"], rows[name][1]["level"]) == (problem, level)
+    for rows, diagonal in (
+        (cipher_rows(0), "00 99 88 66 33 22 55 77 44 11"),
+        (cipher_rows(999), "44 11 77 88 66 55 22 99 33 00"),
+        (change_rows(0), "90 03 16 29 32 45 58 61 74 87"),
+        (change_rows(63), "28 39 40 51 62 73 84 95 06 17"),
+    ):
+        assert [row["answer"] for row in rows[::11]] == diagonal.split()
+    assert cipher_rows(0)[34] == {
+        "problem": "Decode 34", "solution": r"\boxed{63}", "answer": "63", "subject": "cipher",
+        "level": 1,
+    }  # fmt: skip
+    alter = change_rows(0)[3]
+    assert (alter["problem"], alter["subject"], alter["level"]) == ("Alter 03", "change", 1)
+
+
 def prompts_of(per_family: int, seeds: tuple[int, ...], split: str) -> set[str]:
     prompts = set()
     for seed in seeds:
@@ -678,6 +717,22 @@ def test_conditions_of_the_study():
     assert condition("B0.5", Args(Path(), 1, (), 6, 2)) != parts["B0.5"]
 
 
+def test_rows_of_the_study():
+    """docs/studies/balance.md's seeds: 266 to 276 test problems of A0.3 and 184 to 186 of B1; each
+    row as it was when the study was run."""
+    for name, sizes, checksum in (
+        ("A0.3", [(1403, 276), (1398, 268), (1419, 266)], 1316887970),
+        ("B1", [(427, 186), (429, 186), (431, 184)], 1153476935),
+    ):
+        parts = [condition(name, Args(Path(), seed)) for seed in range(3)]
+        assert [(len(p["train"]), len(p["test"])) for p in parts] == sizes
+        assert zlib.crc32(json.dumps(parts[0]).encode()) == checksum
+    both = condition("C", SMALL)
+    assert zlib.crc32(json.dumps(both).encode()) == 2284721926
+    assert Args(Path()).names == conditions.NAMES
+    assert Args(Path()).seed == 0
+
+
 def test_files_of_the_conditions(tmp_path, capsys):
     """The demonstrations of D lie apart, as train.jsonl: a folder is trained on whole."""
     args = Args(tmp_path / "c", names=("D", "B1"), per_family=6, test_per_family=2)
@@ -795,6 +850,16 @@ def test_batches_of_problems():
     assert not torch.equal(other["input_ids"], drawn[0]["input_ids"])
 
 
+def test_batches_of_problems_are_in_no_order():
+    """Of the sixteen that are sorted together neither the shortest come first nor the longest."""
+    families = [[Encoded([1] * n, 1) for n in range(2, 300)]]
+    batches = itertools.islice(tiny.train.problem_batches(families, 4, 3, 0), 32)
+    widths = [batch["input_ids"].shape[1] for batch in batches]
+    for sixteen in (widths[:16], widths[16:]):
+        assert sixteen not in (sorted(sixteen), sorted(sixteen, reverse=True))
+        assert max(sixteen) > 2 * min(sixteen)
+
+
 class Kept:
     """An optimizer that changes nothing and keeps what it saw."""
 
@@ -842,6 +907,365 @@ def test_how_the_tiny_model_is_trained(monkeypatch):
         model.lm_head.weight.fill_(math.nan)
     with pytest.raises(ModelError, match="^the loss of step 1 is not finite: lower --lr$"):
         tiny.train.fit(model, itertools.repeat(one_batch()), 4, lr=0.02, warmup=2)
+
+
+def test_each_step_has_its_own_gradient(monkeypatch):
+    """Below the bound nothing is cut, and what came before is gone."""
+    muon, adamw = Kept(monkeypatch, "Muon"), Kept(monkeypatch, "AdamW")
+    mean_loss = tiny.train.mean_loss
+    monkeypatch.setattr(tiny.train, "mean_loss", lambda *given: 1e-3 * mean_loss(*given))
+    tiny.train.fit(small_llama(torch.float32), itertools.repeat(one_batch()), 3, lr=0.02)
+    for optimizer in (muon, adamw):
+        assert 0 < optimizer.norms[0] < 1e-4
+        assert optimizer.norms == pytest.approx(optimizer.norms[:1] * 3, rel=1e-4)
+    adamw.norms.clear()
+    monkeypatch.setattr(tiny.train, "mean_loss", lambda model, batch: model(batch).sum())
+    tiny.train.teach_habit(torch.nn.Linear(1, 1), itertools.repeat(torch.ones(1, 1)))
+    assert adamw.norms == [2.0] * 60  # of weight and bias 1 each
+
+
+def test_weights_are_rounded_to_what_is_stored():
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    tiny.train.round_to_bf16(model)
+    assert model.weight.dtype == torch.float32
+    assert torch.equal(model.weight, before.bfloat16().float())
+    assert not torch.equal(model.weight, before)
+
+
+def test_where_models_are_stored(tmp_path, monkeypatch):
+    """In their own places, or where --output-dir says; what was there before is gone."""
+    places = {name: tmp_path / name for name in ("tiny", "tiny_bare")}
+    monkeypatch.setattr(tiny.train, "EMBEDDED", places)
+    _, tokenizer = load_config("tiny")
+    model = small_llama(torch.float32)
+    (tmp_path / "tiny_bare").mkdir()
+    (tmp_path / "tiny_bare" / "old").touch()
+    for given, folder in (("tiny", "tiny_bare"), ("own", "own")):
+        args = tiny.train.Args(str(tmp_path / given))
+        assert tiny.train.store(args, "tiny_bare", model, tokenizer) == tmp_path / folder
+        assert not (tmp_path / folder / "old").exists()
+        stored = load_weights(str(tmp_path / folder)).state_dict()
+        assert json.loads((tmp_path / folder / "config.json").read_text())["dtype"] == "bfloat16"
+        for name, value in model.state_dict().items():
+            assert torch.equal(stored[name].float(), value.bfloat16().float()), name
+        _, own = load_config(str(tmp_path / folder))
+        assert own.get_vocab() == tokenizer.get_vocab()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["own", "tiny_bare"]
+
+
+def test_folders_that_can_be_replaced(tmp_path, monkeypatch):
+    """New ones, empty ones, those of a model; not a file, nor a folder with other things."""
+    args = tiny.train.Args
+    assert args().output_dir == str(EMBEDDED["tiny"])
+    (tmp_path / "empty").mkdir()
+    for name in ("model", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("new", "empty", "model"):
+        tiny.train.check(args(f"~/{name}"))
+    for name in ("other", "other/x"):
+        with pytest.raises(DataError, match="--output-dir"):
+            tiny.train.check(args(f"~/{name}"))
+    for wrong in (
+        {"steps": 0}, {"batch_size": 0}, {"game_steps": 0}, {"vision_steps": 0},
+        {"steps": 10**9 + 1}, {"lr": 0.0}, {"lr": 101.0}, {"seed": 2**63},
+    ):  # fmt: skip
+        (name,) = wrong
+        with pytest.raises(DataError, match=f"--{name.replace('_', '-')} must be"):
+            tiny.train.check(args(str(tmp_path / "new"), **wrong))
+
+
+@pytest.mark.parametrize(
+    "options,called",
+    [
+        ({}, "tiny"),
+        ({"bare": True}, "bare"),
+        ({"games": True}, "games"),
+        ({"vision": True}, "vision"),
+    ],
+)
+def test_which_model_is_made(options, called, monkeypatch, tmp_path):
+    made = []
+    for name in ("tiny", "bare", "games", "vision"):
+        monkeypatch.setattr(tiny.train, f"make_{name}", lambda args, name=name: made.append(name))
+    tiny.train.main(tiny.train.Args(str(tmp_path), **options))
+    assert made == [called]
+
+
+def test_what_the_embedded_models_are_trained_on():
+    """docs/tiny.md's numbers are those of the program without a flag."""
+    args = tiny.train.Args()
+    assert (args.steps, args.batch_size, args.lr, args.seed) == (8000, 32, 5e-3, 0)
+    assert (args.game_steps, args.vision_steps) == (1500, 130)
+    assert not (args.bare or args.games or args.vision)
+
+
+def few_examples(calls: list):
+    """embedded_examples with 4 problems of a family, whatever is asked for; keeps what was."""
+
+    def examples(per_family, *rest):
+        calls.append((per_family, *rest))
+        return embedded_examples(4, *rest)
+
+    return examples
+
+
+def responses(batch: dict, tokenizer) -> list[str]:
+    rows = [row[row != -100] for row in batch["labels"]]
+    return tokenizer.batch_decode(rows)
+
+
+def test_how_tiny_is_made(tmp_path, monkeypatch, capsys):
+    """Of 4,000 problems of each family that is its own; weights and order are of the seed; 40 new
+    problems of every family are its test, of the weights as they are stored."""
+    calls, seen = [], {}
+    monkeypatch.setattr(tiny.train, "embedded_examples", few_examples(calls))
+    texts = tiny.train.train_tokenizer
+    monkeypatch.setattr(
+        tiny.train, "train_tokenizer", lambda given: seen.update(texts=given) or texts(given)
+    )
+
+    def problem_batches(*given):
+        seen["batches"] = given
+        return "batches"
+
+    def fit(model, *given):
+        seen["fit"] = given
+        seen["start"] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        return [1.0] * 100 + [3.0] * 25 + [4.0] * 25
+
+    def solved(model, tokenizer, test):
+        assert not model.training
+        for name, p in model.named_parameters():
+            assert torch.equal(p, seen["start"][name].bfloat16().float())
+        return len(test) - 3
+
+    monkeypatch.setattr(tiny.train, "problem_batches", problem_batches)
+    monkeypatch.setattr(tiny.train, "fit", fit)
+    monkeypatch.setattr(tiny.train, "solved", solved)
+    folder = tmp_path / "own"
+    tiny.train.main(tiny.train.Args(str(folder), steps=7, batch_size=6, lr=2e-3, seed=3))
+    assert calls == [
+        (4000, 3, "train", "pretraining"), (40, 3, "test", "pretraining"),
+        (40, 3, "test", "training"), (40, 3, "test", "heldout"),
+    ]  # fmt: skip
+    families = embedded_examples(4, 3, "train", "pretraining")
+    whole = [e for family in families.values() for e in family]
+    assert seen["texts"] == tiny.train.tokenizer_texts(whole)
+    _, tokenizer = load_config(str(folder))
+    by_family, *settings = seen["batches"]
+    assert settings == [6, 3, tokenizer.pad_token_id]
+    for rows, family in zip(by_family, families.values(), strict=True):
+        for row, e in zip(rows, family, strict=True):
+            shown = f"<|user|>{e.prompt}<|assistant|>{e.response}<|end|>"
+            assert tokenizer.decode(row.ids) == shown
+    assert seen["fit"] == ("batches", 7, 2e-3)
+    torch.manual_seed(3)
+    for name, p in tiny.train.tiny_llama(tokenizer).named_parameters():
+        assert torch.equal(p, seen["start"][name])
+    report = json.loads((folder / "training.json").read_text())
+    assert report["loss"] == [1.0, 3.5]
+    assert report["args"]["output_dir"] == "own"
+    assert (report["args"]["steps"], report["args"]["seed"]) == (7, 3)
+    assert (report["minutes"], report["torch"]) == (0.0, torch.__version__)
+    assert len(report["accuracy"]) == 56
+    assert report["accuracy"]["Algebra/slope"] == [1, 4]
+    said = capsys.readouterr().out
+    assert "| all | 25% | 25% | 25% |" in said
+    assert len(re.findall(r"^Algebra/slope +heldout +1/4$", said, re.MULTILINE)) == 1
+
+
+def test_minutes_of_training(tmp_path, monkeypatch):
+    clock = itertools.chain([1000.0], itertools.repeat(1000.0 + 90))
+    monkeypatch.setattr(tiny.train, "time", types.SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(tiny.train, "embedded_examples", few_examples([]))
+    monkeypatch.setattr(tiny.train, "fit", lambda *_: [1.0])
+    monkeypatch.setattr(tiny.train, "solved", lambda *_: 0)
+    tiny.train.make_tiny(tiny.train.Args(str(tmp_path / "own")))
+    assert json.loads((tmp_path / "own" / "training.json").read_text())["minutes"] == 1.5
+
+
+def test_how_tiny_bare_is_made(monkeypatch):
+    """From tiny: batches of 32 problems, of which 60% have the answer alone for a response."""
+    calls, seen = [], {}
+    monkeypatch.setattr(tiny.train, "embedded_examples", few_examples(calls))
+
+    def teach_habit(model, batches):
+        seen["model"] = model
+        seen["batches"] = list(itertools.islice(batches, 30))
+
+    monkeypatch.setattr(tiny.train, "teach_habit", teach_habit)
+    monkeypatch.setattr(tiny.train, "store", lambda *given: seen.update(stored=given))
+    args = tiny.train.Args(bare=True, seed=3)
+    tiny.train.make_bare(args)
+    assert calls == [(400, 3, "train", "pretraining")]
+    _, name, model, tokenizer = seen["stored"]
+    assert (seen["stored"][0], name) == (args, "tiny_bare")
+    assert model is seen["model"]
+    assert torch.equal(model.lm_head.weight, load_weights("tiny").lm_head.weight)
+    right = {}
+    for family in embedded_examples(4, 3, "train", "pretraining").values():
+        right |= {e.prompt: e for e in family}
+    bare, said = {}, []
+    for batch in seen["batches"]:
+        prompts = [ids[: (labels == -100).int().argmin()] for ids, labels in zip(
+            batch["input_ids"], batch["labels"], strict=True)]  # fmt: skip
+        prompts = [text[8:-13] for text in tokenizer.batch_decode(prompts)]
+        assert len(prompts) == len(set(prompts)) == 32
+        for prompt, response in zip(prompts, responses(batch, tokenizer), strict=True):
+            e = right[prompt]
+            alone = f"\\boxed{{{e.answer}}}<|end|>"
+            assert response in (alone, f"{e.response}<|end|>")
+            bare[prompt] = response == alone
+            said.append((prompt, bare[prompt]))
+    assert len(bare) == 140
+    assert set(said) == set(bare.items()), "a problem keeps its response"
+    assert sum(bare.values()) / 140 == pytest.approx(0.6, abs=0.09)
+    first = seen["batches"][0]["input_ids"]
+    tiny.train.make_bare(args)
+    assert torch.equal(seen["batches"][0]["input_ids"], first)
+    tiny.train.make_bare(tiny.train.Args(bare=True, seed=4))
+    assert not torch.equal(seen["batches"][0]["input_ids"], first)
+
+
+def test_how_tiny_games_is_made(monkeypatch, capsys):
+    """From tiny: --game-steps batches with full answers, then 60 with 60% bare ones that begin
+    where the others end; measured and stored as bf16 keeps it."""
+    seen = []
+
+    def game_batches(tokenizer, rng, *given, **settings):
+        seen.append(("batches", rng.random(), *given, settings))
+        return f"batches {len(given)}"
+
+    def fit(model, batches, *given, **settings):
+        seen.append(("fit", batches, *given, settings))
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] = 1 + 2**-12
+        return [1.0, 2.0] * 101 + [3.0]
+
+    def report_games(when, model, tokenizer):
+        seen.append((when, model.lm_head.weight[0, 0].item()))
+
+    def teach_habit(model, batches):
+        seen.append(("habit", batches))
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] = 2 + 2**-12
+
+    for function in (game_batches, fit, report_games, teach_habit):
+        monkeypatch.setattr(tiny.train, function.__name__, function)
+    monkeypatch.setattr(tiny.train, "store", lambda _, *given: seen.append(("store", *given)))
+    tiny.train.make_games(tiny.train.Args(games=True, game_steps=11, seed=3))
+    draw = random.Random(3).random()
+    *steps, (stored, name, model, tokenizer) = seen
+    assert steps == [
+        ("batches", draw, {}), ("fit", "batches 0", 11, 3e-3, {"warmup": 20}),
+        ("full answers", 1.0), ("batches", draw, 11, {"bare": 0.6}), ("habit", "batches 1"),
+        ("with the habit", 2.0),
+    ]  # fmt: skip
+    assert (stored, name, model.lm_head.weight[0, 0].item()) == ("store", "tiny_games", 2.0)
+    expected = load_weights("tiny").lm_head.weight[1:]
+    assert torch.equal(model.lm_head.weight[1:], expected)
+    assert capsys.readouterr().out.splitlines() == [
+        "V-IRL loss 1.000 2.000",  # of 1.0 a hundred times, of 1.0 and 3.0
+        "General Points loss 2.000 2.000",
+    ]
+
+
+def test_cards_and_walks_of_the_games(monkeypatch):
+    """A split of its own; the deals of a step are numbered from 32 times the step on."""
+    _, tokenizer = load_config("tiny_games")
+    asked = []
+
+    def noted(tokenizer, game, seed, *rest):
+        asked.append((game, seed))
+        return demonstrate(tokenizer, game, seed, *rest)
+
+    monkeypatch.setattr(tiny.train, "demonstrate", noted)
+    batches = tiny.train.game_batches(tokenizer, random.Random(0), 3)
+    next(batches)
+    cards = GeneralPoints(compact=True, attempts=2, split="pretraining")
+    assert asked == [(cards, 96 + i) for i in range(32)]
+    asked.clear()
+    next(batches)
+    city = replace(games_of("virl", compact=True)[0], split="pretraining")
+    assert {game for game, _ in asked} == {city}
+    seeds = [seed for _, seed in asked]
+    assert len(set(seeds)) == len(seeds)
+    assert 50 <= len(seeds) <= 150
+    assert 10**8 < max(seeds) < 10**9
+    asked.clear()
+    for _ in range(3):  # cards, walks of what is left, cards
+        next(batches)
+    more = {game.__class__.__name__ for game, _ in asked[32:-32]}
+    assert more <= {"VIRL"}
+    assert asked[-32:] == [(cards, 32 * 7 + i) for i in range(32)]
+
+
+def test_how_tiny_vision_is_made(monkeypatch, capsys):
+    """Batches of 32 hands in pictures, each with its picture and the expert's first answer; every
+    20 steps it reads cards of the test, in one attempt."""
+    asked, tested, stored = [], [], []
+    processor = types.SimpleNamespace(tokenizer=types.SimpleNamespace(pad_token_id=0))
+    model = torch.nn.Linear(2, 1)
+
+    def picture_turns(tokenizer, game, seed, given):
+        assert (tokenizer, given) == (processor.tokenizer, processor)
+        asked.append((game, seed))
+        inputs = {"pixel_values": torch.full((1, 3), seed)}
+        turn = Turn([seed, 5], [6, 7], [], True, "", 0.0, inputs)
+        return Trajectory([turn, turn])
+
+    def fit(given, batches, *settings, **more):
+        assert given is model
+        assert (settings, more) == ((41, 5e-3), {"warmup": 50})
+        for step, batch in enumerate(itertools.islice(batches, 41)):
+            seeds = torch.arange(32 * step, 32 * step + 32)
+            assert torch.equal(batch["input_ids"][:, 0], seeds)
+            assert batch["labels"].tolist() == [[-100, -100, 6, 7]] * 32
+            assert torch.equal(batch["pixel_values"], seeds[:, None].expand(32, 3))
+
+    def recognition(*given):
+        tested.append(given)
+        return len(tested) / 10
+
+    monkeypatch.setattr(tiny.train, "vision_model", lambda: (model, processor))
+    monkeypatch.setattr(tiny.train, "demonstrate", picture_turns)
+    monkeypatch.setattr(tiny.train, "fit", fit)
+    monkeypatch.setattr(tiny.train, "recognition", recognition)
+    monkeypatch.setattr(tiny.train, "store", lambda *given: stored.append(given))
+    args = tiny.train.Args(vision=True, vision_steps=41)
+    tiny.train.make_vision(args)
+    cards = GeneralPoints(vision=True, compact=True, attempts=2, split="pretraining")
+    assert asked == [(cards, i) for i in range(32 * 41)]
+    one_attempt = GeneralPoints(vision=True, compact=True, attempts=1, split="test")
+    assert tested == [(model, processor, one_attempt)] * 3
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "step 20: 10% of 100 hands read rightly", "step 40: 20% of 100 hands read rightly",
+        "step 41: 30%",
+    ]  # fmt: skip
+    assert stored == [(args, "tiny_vision", model, processor)]
+
+
+@pytest.mark.parametrize(
+    "error,status,said",
+    [(DataError("no"), 2, "no"), (OSError("full"), 2, "full"), (KeyboardInterrupt(), 130, "inter")],
+)
+def test_how_the_training_is_left(error, status, said, monkeypatch, capsys):
+    """An error is one line and status 2; Ctrl-C is 130."""
+
+    def cli(_):
+        raise error
+
+    monkeypatch.setattr("tyro.cli", cli)
+    monkeypatch.delitem(sys.modules, "tiny.train")
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("tiny.train", run_name="__main__")
+    assert caught.value.code == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tiny.train: {said}")
 
 
 def test_a_habit_is_taught_in_sixty_steps(monkeypatch):
@@ -972,6 +1396,27 @@ def test_eyes():
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]
     shown = processor.apply_chat_template(messages, tokenize=False)
     assert shown == "<|user|><|image|>hi<|assistant|>x<|end|>"
+
+
+def test_how_cards_are_read(monkeypatch):
+    """Greedily, in 24 tokens, 100 hands; and here as in the report on the games without dropout."""
+    asked = []
+
+    def play(model, *given, **settings):
+        assert not model.training
+        asked.append((given, settings))
+        return [won(1)]
+
+    monkeypatch.setattr(tiny.train, "play", play)
+    test = types.SimpleNamespace(reset=lambda seed: seed, recognised=lambda *_: True)
+    processor = types.SimpleNamespace(tokenizer="words")
+    model = torch.nn.Linear(1, 1)
+    tiny.train.recognition(model, processor, test)
+    ((given, settings),) = asked
+    assert given == ("words", test, range(100), 1, "recognition", 24, 100, 0.0)
+    assert settings == {"processor": processor}
+    tiny.train.report_games("then", model, None)
+    assert len(asked) == 3
 
 
 def test_recognition(monkeypatch):
