@@ -1623,6 +1623,7 @@ def test_episodes_advance_together():
             "interrupted": never,
         }  # fmt: skip
     assert len(set(streams)) == len(streams) == 12
+    assert streams[-1] == 2074817323380681983, "the draws of a run are no longer what they were"
     alone = played((3,), "key")[1].options
     assert [options["seeds"] for options in alone] == [streams[2:4], streams[6:8], streams[10:]]
     assert played((3,), "other")[1].options[0]["seeds"] != streams[2:4]
