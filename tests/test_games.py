@@ -712,6 +712,13 @@ def test_limits_of_formulas():
         assert evaluate(formula) == (value, used), formula
 
 
+@pytest.mark.parametrize("digit", ["\u0663", "\uff18", "\u096e"])
+def test_digits_of_other_scripts_are_no_numbers(digit):
+    assert illegal(digit) == f"unexpected {digit}"
+    assert illegal(f"3*{digit}") == f"unexpected {digit}"
+    assert judged(json.dumps({"formula": f"{digit}*3"}), "8 3 3 3").reward == -3
+
+
 def test_solutions_of_three_numbers():
     """Every way, with no parenthesis too many, found by hand."""
     assert solutions((2, 3), 6) == ("2*3",)
@@ -1083,6 +1090,13 @@ def test_landmarks_without_a_bearing(tmp_path):
     assert math.isnan(route.initial_heading)
 
 
+def test_route_files_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.json").write_text(json.dumps([[RECORD], 1]))
+    (route,) = load_routes("~/r.json")
+    assert route.headings == (2, 91)
+
+
 def walk_of(seed: int = 0, *, headings=(0, 270), lengths=(50, 50), landmarks=None, **settings):
     landmarks = landmarks or ((),) * len(headings)
     route = Route(90, tuple(headings), tuple(landmarks), tuple(lengths))
@@ -1429,6 +1443,22 @@ def test_own_test_file_and_rewards(tmp_path):
         assert game.prompt(example) == [{"role": "user", "content": example.prompt}]
     with pytest.raises(DataError, match="0 training problems with an answer and 22 test problems"):
         load_problems(str(tmp_path), tokenizer, validation=2, test=30, max_length=512)
+
+
+def test_a_reward_that_fails_is_found_at_once(tmp_path):
+    """Not after the model is loaded, in the first rollout; it sees the first problem's solution."""
+    file = problem_file(tmp_path, 0, 20)
+    (tmp_path / "own.py").write_text(
+        "def fails(*_):\n    return 1 / 0\n\n"
+        "seen = []\ndef keep(*given):\n    seen.append(given)\n    return 1\n"
+        "def get():\n    return seen\n"
+    )
+    with pytest.raises(DataError, match="^--reward fails on .*: ZeroDivisionError: "):
+        loaded(file, reward=f"{tmp_path / 'own.py'}:fails")
+    train, valid, *_ = loaded(file, reward=f"{tmp_path / 'own.py'}:keep")
+    ((problem, response, row),) = sys.modules["own"].get()
+    asked = {e.prompt: e for game in (train, valid) for e in game.examples}
+    assert (response, row["id"]) == (asked[problem].response, asked[problem].id)
 
 
 def test_rewards_of_the_user():
