@@ -1,10 +1,12 @@
 """data.py: splits, episodes, files in every format, tokens and the loss mask."""
 
 import gzip
+import itertools
 import json
 import math
 import random
 import types
+from dataclasses import asdict
 
 import pyarrow
 import pyarrow.parquet
@@ -844,3 +846,168 @@ def test_faults_of_a_folder(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == min(count + 1, 50) + bool(rest)
         assert not rest or lines[-1] == rest
+
+
+def test_defaults_of_preparing():
+    """What --help and docs/data.md say."""
+    assert asdict(data.Args()) == {
+        "output_dir": "math_meta", "data": "embedded", "task_column": None, "support_ratio": 0.3,
+        "query_ratio": 0.4, "max_samples": 0, "seed": 42, "validate": False,
+        "validate_only": False,
+    }  # fmt: skip
+
+
+def test_bounds_of_the_numbers():
+    for settings, good in (
+        ({"support_ratio": 1.0}, True), ({"support_ratio": 0.0}, False),
+        ({"query_ratio": 1.0}, True), ({"query_ratio": 1.01}, False),
+        ({"max_samples": -1}, True), ({"max_samples": -2}, False),
+        ({"seed": -(10**18)}, True), ({"seed": 10**19}, False),
+    ):  # fmt: skip
+        if good:
+            data.check_numbers(data.Args(**settings), data.NUMBERS)
+            continue
+        with pytest.raises(DataError):
+            data.check_numbers(data.Args(**settings), data.NUMBERS)
+
+
+def test_flags_of_preparing(tmp_path, capsys):
+    """The seed, both ratios and the tasks' column are those of the split that is written."""
+    file = lines_of(tmp_path, "a.jsonl", 0, 40, "a")
+    settings = {"support_ratio": 0.2, "query_ratio": 0.5, "seed": 7, "task_column": "level"}
+    assert data.main(data.Args(str(tmp_path / "out"), str(file), **settings)) == 0
+    written = load_tasks(str(tmp_path / "out"))
+    assert [(len(t.support), len(t.query), len(t.test)) for t in written] == [(4, 10, 6)] * 2
+    expected = load_tasks(str(file), **settings)
+    assert [t.name for t in expected] == ["1", "2"]
+    for one, other in zip(written, expected, strict=True):
+        assert texts_of(one.support + one.query) == texts_of(other.support + other.query)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the random numbers and the names depend on
+
+
+def test_order_of_rows():
+    """That of sha256 of "seed/problem", as `printf '42/1 + 1?' | sha256sum` says it: a split stays
+    the same from version to version."""
+    rows = [Example(f"{i} + {i}?", "", "", "", 0, str(i)) for i in range(1, 5)]
+    assert [e.id for e in data.order_by_hash(42, rows)] == ["2", "4", "3", "1"]
+
+
+def test_episodes_of_every_seed_step_and_place():
+    """Other rows in each, and other orders of the tasks in each pass."""
+    rows = of_levels(l0=60)
+    task = Task("t", rows[:40], rows[40:], [])
+    for part in ("support", "query"):
+        found = set()
+        for seed, step, place in itertools.product(range(3), repeat=3):
+            episode = data.sample_episode([task], seed, step, place, 8, 8)
+            found.add(tuple(e.id for e in getattr(episode, part)))
+        assert len(found) == 27, part
+    tasks = named_tasks(*"abcdefgh")
+
+    def order(seed: int, step: int, a_pass: int) -> str:
+        places = range(8 * a_pass, 8 * a_pass + 8)
+        return "".join(data.sample_episode(tasks, seed, step, p, 1, 1).task for p in places)
+
+    orders = {order(*key) for key in itertools.product(range(3), repeat=3)}
+    assert len(orders) == 27
+    assert {"".join(sorted(names)) for names in orders} == {"abcdefgh"}
+
+
+def test_which_column_names_the_task():
+    """The first of task, subject, type that is there; it is also the subject's, if need be."""
+    row = {"problem": "1 + 1?", "solution": "\\boxed{2}"}
+    for columns, name, subject in (
+        ({"type": "U", "subject": "S", "task": "T"}, "T", "S"),
+        ({"type": "U", "subject": "S"}, "S", "S"),
+        ({"type": "U", "task": "T"}, "T", "U"),
+        ({"type": "U"}, "U", "U"),
+    ):
+        ((found, example),) = data.to_examples([row | columns], "f", None)
+        assert (found, example.subject) == (name, subject)
+
+
+def test_a_task_of_the_test_file_alone(tmp_path):
+    """It is there, without rows to learn from; names are in order."""
+    (tmp_path / "in").mkdir()
+    lines_of(tmp_path / "in", "train.jsonl", 0, 10, "b")
+    lines_of(tmp_path / "in", "test.jsonl", 20, 25, "a")
+    assert sizes_of(load_tasks(str(tmp_path / "in"))) == {"a": (0, 5, False), "b": (8, 2, False)}
+    assert [t.name for t in load_tasks(str(tmp_path / "in"))] == ["a", "b"]
+
+
+def test_a_prepared_folder_without_the_column(tmp_path):
+    lines_of(tmp_path, "a.jsonl", 0, 20, "a")
+    data.write_prepared(load_tasks(str(tmp_path / "a.jsonl")), tmp_path / "out")
+    assert len(load_tasks(str(tmp_path / "out"), task_column="level")) == 1
+    with pytest.raises(DataError, match="missing column colour"):
+        load_tasks(str(tmp_path / "out"), task_column="colour")
+
+
+SUBJECTS = {
+    "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+    "prealgebra", "precalculus",
+}  # fmt: skip
+
+
+def test_math_of_the_hub(monkeypatch):
+    """Its seven configurations; what is there for the test is the test split."""
+    asked = []
+
+    def tables(name, config):
+        asked.append((name, config))
+        parts = {}
+        for part, numbers in (("test", range(20, 24)), ("train", range(10))):
+            rows = []
+            for i in numbers:
+                row = {"problem": f"{config} {i}", "solution": "\\boxed{1}", "kind": f"k{i % 2}"}
+                rows.append(row | {"type": config.upper(), "level": "Level 2"})
+            parts[part] = rows
+        return parts
+
+    monkeypatch.setattr(data, "hub_tables", tables)
+    tasks = load_tasks("hub")
+    assert {config for _, config in asked} == SUBJECTS
+    assert {name for name, _ in asked} == {"EleutherAI/hendrycks_math"}
+    assert sizes_of(tasks) == {name.upper(): (10, 4, False) for name in SUBJECTS}
+    assert set(sizes_of(load_tasks("hub", max_samples=6)).values()) == {(6, 4, False)}
+    kinds = load_tasks("hub", task_column="kind", heldout=("k1",))
+    assert sizes_of(kinds) == {"k0": (35, 14, False), "k1": (35, 14, True)}
+    assert load_tasks("hub", seed=1) != tasks
+
+
+# --------------------------------------------------------------------------------------------------
+# Ends of turns, and the day
+
+
+def test_marks_that_end_a_turn():
+    """A token that was added to the tokenizer, or one that it calls special: each alone is enough;
+    beside it the end of the sequence stops a response."""
+    tokenizer = Words(closing="<eot>")
+    tokenizer.known = Words.known | {"<eot>": 4}
+    assert data.template(tokenizer).end == [2]  # it is a word as others
+    tokenizer.all_special_ids = [2, 4]
+    assert data.template(tokenizer)[2:] == ([4], frozenset({2, 4}))
+    tokenizer.all_special_ids, tokenizer.added_tokens_decoder = [2], {4: "<eot>"}
+    assert data.template(tokenizer)[2:] == ([4], frozenset({2, 4}))
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        "{{ strftime_now('%d %b %Y') }}",
+        '{{ strftime_now( "%d %b %Y" ) }}',
+        "{{ date_string }}",
+        "{{ strftime_now('%d') }} {{ strftime_now(\"%b\") }} {{ strftime_now('%Y') }}",
+    ],
+)
+def test_the_day_of_a_template(asks):
+    """26 July 2024, which Llama 3's templates name where nobody tells them the day."""
+    _, tokenizer = load_config("tiny")
+    messages = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    opening = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer.chat_template = f"Today: {asks}\n" + messages + opening
+    chat = data.template(tokenizer)
+    assert chat.before == "Today: 26 Jul 2024\n<|user|>"
