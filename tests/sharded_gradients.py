@@ -20,7 +20,10 @@ from tests.helpers import (
     weights_of,
 )
 
-CASES = ("shards", "replicas", "activation_checkpointing", "offload_theta", "adam")
+CASES = (
+    "shards", "replicas", "activation_checkpointing", "offload_theta", "adam", "inner_clip",
+    "micro_batch",
+)  # fmt: skip
 
 
 def episodes_and_tokens():
@@ -32,6 +35,8 @@ def args_of(case: str) -> fomaml.Args:
     if case == "adam":
         args.inner_optimizer, args.inner_lr = "adam", 0.002
     args.offload_theta = case == "offload_theta"
+    args.inner_clip = 0.5 if case == "inner_clip" else 0.0
+    args.micro_batch = 1 if case == "micro_batch" else 0
     return args
 
 

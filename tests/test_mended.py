@@ -1357,6 +1357,17 @@ def test_two_shards_with_learned_rates_equal_one_rank(small_model, sums, tmp_pat
     assert tokens_of(tmp_path / "2") == tokens_of(tmp_path / "1")
 
 
+def test_two_shards_of_reptile_equal_one_rank(small_model, sums, tmp_path):
+    """The direction's norm is of all weights; a row at a time, inner steps cut by the norm of the
+    whole gradient."""
+    flags = [*settings_of("fomaml", small_model, sums), *THREE_STEPS, "--eval-every", "0"]
+    flags += ["--meta-gradient", "reptile", "--micro-batch", "1", "--inner-clip", "0.5"]
+    flags += ["--query-batch", "4", "--support-batch", "4", "--inner-lr", "0.2"]
+    assert run_here(fomaml, *flags, "--output-dir", tmp_path / "1") == 0
+    run_well("fomaml.py", *flags, "--output-dir", tmp_path / "2", ranks=2)
+    assert_close_runs(tmp_path / "2", tmp_path / "1")
+
+
 def test_tasks_per_forward_change_nothing(small_model, sums, tmp_path):
     """Also not what is logged of each task."""
     flags = [*settings_of("meta_lora", small_model, sums), *THREE_STEPS, "--tasks-per-step", "4"]
