@@ -2,21 +2,27 @@
 
 import copy
 import gc
+import inspect
 import math
+import os
 import random
+import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 import fomaml
 import plots
+import run
 from data import (
     DataError,
     Encoded,
+    Episode,
     Example,
     Task,
     collate,
@@ -41,6 +47,7 @@ from tests.helpers import (
     all_rows,
     assert_same_weights,
     chunks,
+    final_weights,
     functional,
     logged,
     meta_gradient,
@@ -772,3 +779,410 @@ def test_rates_that_are_warned_of(small_model, sums, tmp_path, capsys, monkeypat
             line.format("inner", "0.05", "0.05"),
         ],
     }
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags that reach what they are for; losses and limits of each method
+
+
+OF_THE_MATHEMATICS = {
+    "model", "data", "task_column", "heldout_subjects", "support_ratio", "query_ratio",
+    "training_tasks", "max_length", "seed", "meta_gradient", "inner_steps", "inner_lr",
+    "learn_inner_lr", "rate_lr", "inner_optimizer", "inner_clip", "shots", "support_batch",
+    "query_batch", "tasks_per_step", "steps", "outer_lr", "warmup_ratio", "betas", "weight_decay",
+    "clip", "reptile_epsilon", "trust_remote_code",
+}  # fmt: skip
+
+
+def test_what_a_resumed_run_may_change():
+    """All but the data, the model and the algorithm."""
+    assert set(asdict(fomaml.Args())) - fomaml.FREE == OF_THE_MATHEMATICS
+
+
+# {flags: (allowed, refused)}
+BOUNDS = {
+    ("inner_steps", "tasks_per_step", "steps", "keep", "save_every", "max_length"): ((1,), (0,)),
+    ("support_batch", "query_batch", "eval_problems", "replicas"): ((1,), (0, -1)),
+    ("training_tasks", "eval_tasks", "eval_max_new_tokens", "gain_every"): ((0, 5), (-1,)),
+    ("micro_batch", "shots"): ((0, 40), (-1,)),
+    ("eval_every",): ((-1, 0), (-2,)),
+    ("inner_lr", "outer_lr"): ((1e-9, 100), (0, 101, -1)),
+    ("rate_lr", "support_ratio", "query_ratio"): ((1e-9, 1), (0, 1.01)),
+    ("clip",): ((1e-9, 1e9), (0, math.inf)),
+    ("inner_clip",): ((0, 1e9), (-1e-9, math.inf)),
+    ("reptile_epsilon",): ((1e-9, 10), (0, 10.1)),
+    ("weight_decay",): ((0, 10), (-1e-9, 10.1)),
+    ("warmup_ratio",): ((0, 1), (-1e-9, 1.01)),
+    ("betas",): (((0.0, 0.0), (0.99, 0.99)), ((1.0, 0.5), (0.5, 1.0), (-0.1, 0.5))),
+    ("seed",): ((-5, 0), (int(1e19), int(-1e19))),
+}
+
+
+def test_bounds_of_the_numbers():
+    """At each bound and beyond it."""
+    for flags, (allowed, refused) in BOUNDS.items():
+        for flag in flags:
+            for value in allowed:
+                fomaml.check(fomaml.Args(**{flag: value}), 1)
+            for value in refused:
+                with pytest.raises(DataError, match=f"^--{flag.replace('_', '-')} must be"):
+                    fomaml.check(fomaml.Args(**{flag: value}), 1)
+
+
+def test_flags_of_the_data(sums):
+    """Ratios, seed, held-out tasks, the tasks' column, lengths and numbers of tasks."""
+    world = World(torch.device("cpu"))
+
+    def prepared(**settings) -> tuple:
+        args = fomaml.Args(data=str(sums), support_batch=2, query_batch=2, shots=0, **settings)
+        return fomaml.prepare(args, world)[2:]
+
+    tasks, test_tasks, tokens = prepared(support_ratio=0.2, query_ratio=0.5, seed=7)
+    for t in tasks:
+        assert [len(rows) for rows in (t.support, t.query, t.test)] == [8, 20, 12]
+    expected = load_tasks(str(sums), support_ratio=0.2, query_ratio=0.5, seed=7)
+    assert tasks == test_tasks == expected
+    other_seed, *_ = prepared(support_ratio=0.2, query_ratio=0.5)
+    assert other_seed != expected
+    tasks, test_tasks, _ = prepared(heldout_subjects=("more",), eval_tasks=0)
+    assert ([t.name for t in tasks], [t.name for t in test_tasks]) == (["sum", "with"], ["more"])
+    assert len(prepared(eval_tasks=2)[1]) == 2
+    lengths = sorted(len(row.ids) for row in tokens.values())
+    shorter = prepared(max_length=lengths[-1] - 1)[2]
+    assert len(shorter) == sum(n < lengths[-1] for n in lengths) < len(lengths)
+    with pytest.raises(DataError, match="missing column colour"):
+        prepared(task_column="colour")
+
+
+def test_trust_in_a_models_own_code(monkeypatch):
+    """As much as is asked for, wherever a model's files are read."""
+    config, tokenizer = load_config("tiny")
+    seen = []
+
+    def noted(name, result=None):
+        real = getattr(fomaml, name)
+
+        def call(*args, **kwargs):
+            bound = inspect.signature(real).bind(*args, **kwargs)
+            seen.append((name, bound.arguments.get("trust_remote_code", False)))
+            return result or real(*args, **kwargs)
+
+        monkeypatch.setattr(fomaml, name, call)
+
+    noted("load_config", (config, tokenizer))
+    noted("parameter_count", 9)
+    noted("load_weights")
+    noted("skeleton")
+    world = World(torch.device("cpu"))
+    for trust in (True, False):
+        args = fomaml.Args(data="changes", trust_remote_code=trust)
+        seen.clear()
+        *_, tokens = fomaml.prepare(args, world)
+        fomaml.needs(args, config, world, tokens)
+        fomaml.build(args, config, world)
+        names = ("load_config", "parameter_count", "load_weights", "skeleton")
+        assert seen == [(name, trust) for name in names]
+
+
+def test_how_gpus_hold_the_model(monkeypatch):
+    """Blocks first, the whole last; computed in bf16, reduced in fp32, within the shard group; with
+    --cpu-offload the shards lie in CPU memory. Rank 0 alone reads weights."""
+    config, _ = load_config("tiny")
+    sharded, placed, checked, read = [], [], [], []
+    monkeypatch.setattr(fomaml, "fully_shard", lambda m, **how: sharded.append((m, how)))
+    monkeypatch.setattr(fomaml, "materialize", lambda *args: placed.append(args))
+    monkeypatch.setattr(fomaml, "check_head", lambda *args: checked.append(args))
+    monkeypatch.setattr(fomaml, "load_weights", lambda name, **_: read.append(name) or "weights")
+    cuda = torch.device("cuda")
+    for rank, offload in ((0, False), (1, True)):
+        for seen in (sharded, placed, checked, read):
+            seen.clear()
+        world = World(cuda, rank, 2, mesh={"shard": "shards", "replica": "replicas"})
+        model = fomaml.build(fomaml.Args(cpu_offload=offload), config, world)
+        assert [m for m, _ in sharded] == [*layers_to_shard(model), model]
+        for _, how in sharded:
+            assert how["mesh"] == "shards"
+            policy = how["mp_policy"]
+            assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+            assert isinstance(how["offload_policy"], CPUOffloadPolicy) == offload
+        assert read == (["tiny"] if rank == 0 else [])
+        where = torch.device("cpu") if offload else cuda
+        assert placed == [(model, "weights" if rank == 0 else None, where)]
+        assert checked == [(model, world)]
+    two_cpus = World(torch.device("cpu"), 0, 2, mesh={"shard": "shards"})
+    sharded.clear()
+    fomaml.build(fomaml.Args(), config, two_cpus)
+    assert {how["mp_policy"].param_dtype for _, how in sharded} == {None}  # fp32 as it is
+    sharded.clear()
+    fomaml.build(fomaml.Args(), config, World(cuda, mesh={"shard": "shards"}))
+    assert len(sharded) == 6, "one GPU computes in bf16 too"
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_buffers_in_cpu_memory(offload):
+    """On a GPU, of which torch knows without one: --offload-theta leaves the weights and the inner
+    Adam there, and what crosses between the two is moved."""
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    with FakeTensorMode():
+        model = torch.nn.Module()
+        model.weight = torch.nn.Parameter(torch.empty(3, device=cuda))
+        learner = plain_learner(model, {}, offload_theta=offload, inner_optimizer="adam")
+        kept = {learner.theta[0].device, learner.meta_gradient[0].device}
+        assert kept == {cpu if offload else cuda}
+        assert {learner.weights[0].device, *(m[0].device for m in learner.moments)} == {cuda}
+        gradient = torch.ones_like(learner.weights[0])
+        learner.keep()
+        learner.restore()
+        learner.inner_step(0, 0, gradient)
+        learner.add_to_meta_gradient(0.5, 0, gradient)
+        learner.rate_gradient = [0.0]
+        learner.add_to_rate_gradient(0.5, 0, gradient)
+        assert learner.rate_gradient[0].device == cuda
+        learner.adapt = learner.step_on = lambda *_: None
+        learner.reptile(Episode("", [], []))
+
+
+def test_what_is_compiled_and_what_is_frozen(monkeypatch):
+    """Blocks with --compile; of a model that sees, only what text reaches is trained."""
+    monkeypatch.setattr(fomaml, "check_head", lambda *_: None)  # it would compile them
+    config, _ = load_config("tiny")
+    world = World(torch.device("cpu"))
+    for flag in (False, True):
+        model = fomaml.build(fomaml.Args(compile=flag), config, world)
+        for block in layers_to_shard(model):
+            assert (block._compiled_call_impl is not None) == flag
+        assert all(p.requires_grad for p in model.parameters())
+    config, _ = load_config("tiny_vision")
+    model = fomaml.build(fomaml.Args(model="tiny_vision"), config, world)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert 0 < len(frozen) < len(list(model.parameters()))
+
+
+def test_a_measurement_keeps_no_graph():
+    """The query loss before adaptation is a forward pass alone."""
+    episodes, tokens = random_episodes(1, 2, 3)
+    learner = plain_learner(small_llama(), tokens)
+    assert not learner.loss(episodes[0].query).requires_grad
+    assert not learner.backward(episodes[0].query).requires_grad
+
+
+@pytest.mark.parametrize("method", ["reptile", "maml"])
+def test_losses_of_other_methods(method):
+    """As of fomaml: the support loss before the last support step, the query loss after it."""
+    model = small_llama(attn_implementation="eager")
+    episodes, tokens = random_episodes(2, 6, 3)
+    reference, losses = Reference(model, tokens), []
+    for episode in episodes:
+        batches = chunks(episode.support, 2)
+        before = reference.after_sgd(leaves(weights_of(model)), batches[:-1])
+        after = reference.after_sgd(before, batches[-1:])
+        pair = reference.loss(before, batches[-1]), reference.loss(after, episode.query)
+        losses.append([loss.item() for loss in pair])
+    learner = plain_learner(model, tokens, tasks_per_step=2)
+    got = meta_gradient(learner, getattr(learner, method), episodes)
+    torch.testing.assert_close(got[:, :2], torch.tensor(losses), rtol=1e-5, atol=1e-6)
+
+
+def test_rates_move_by_the_betas_that_are_given():
+    """Two steps by hand, both betas 1/2: gradients 1 and -3 give m = 1/2 and -5/4, v = 1/2 and
+    19/4; both are divided by 1/2 and 3/4."""
+    for kind in ("scalar", "tensor"):
+        args = fomaml.Args(learn_inner_lr=kind, inner_lr=1.0, rate_lr=0.1, betas=(0.5, 0.5))
+        rates = fomaml.InnerRates(args, 1)
+        rates.move([1.0], 0, 1.0)
+        assert math.log(rates.values()[0]) == pytest.approx(-0.1)
+        rates.move([-3.0], 1, 1.0)
+        assert math.log(rates.values()[0]) == pytest.approx(
+            -0.1 + 0.1 * (5 / 3) / math.sqrt(19 / 3)
+        )
+    args = fomaml.Args(learn_inner_lr="scalar", inner_lr=1.0, rate_lr=0.1, betas=(0.0, 0.75))
+    rates = fomaml.InnerRates(args, 1)
+    rates.move([1.0], 0, 1.0)
+    rates.move([2.0], 1, 1.0)  # m = 2, v = 0.75 x 0.25 + 0.25 x 4 = 1.1875, over 1 - 0.75^2
+    change = 2 / math.sqrt(1.1875 / 0.4375)
+    assert math.log(rates.values()[0]) == pytest.approx(-0.1 - 0.1 * change)
+
+
+@pytest.fixture
+def short(small_model, sums, tmp_path, monkeypatch):
+    """Runs of META_RUN without evaluations: folder and exit status."""
+    monkeypatch.setattr(plots, "figure", lambda *_: None)
+
+    def start(*flags, name: str = "r"):
+        settings = ["--model", small_model, "--data", sums, *META_RUN, "--eval-every", "-1", *flags]
+        folder = tmp_path / name
+        return folder, run_here(fomaml, *settings, "--output-dir", folder)
+
+    return start
+
+
+def test_in_context_by_the_command_line(short, small_model, sums, counted, monkeypatch):
+    """Two different support rows stand before each query row; every token of the prompts counts;
+    there is no other loss than the query's. The bar shows numbers that there are."""
+    runs, finish = [], fomaml.Run.finish
+    monkeypatch.setattr(fomaml.Run, "finish", lambda run, *a: runs.append(run) or finish(run, *a))
+    folder, status = short("--steps", "1", "--meta-gradient", "in_context", "--shots", "2")
+    assert status == 0
+    (row,) = logged(folder)
+    _, tokenizer = load_config("tiny")
+    chat, model, losses, seen = template(tokenizer), load_weights(str(small_model)), [], 0
+    for place in range(2):
+        episode = sample_episode(load_tasks(str(sums)), 42, 0, place, 4, 3, 2)
+        shown = list(dict.fromkeys(episode.support))
+        assert len(shown) == 2
+        text = "".join(chat.before + e.prompt + chat.after + e.response + "<|end|>" for e in shown)
+        rows = []
+        for e in episode.query:
+            prompt = tokenizer(text + chat.before + e.prompt + chat.after)["input_ids"]
+            ids = prompt + tokenizer(e.response + "<|end|>")["input_ids"]
+            rows.append(Encoded(ids, len(prompt)))
+            seen += len(ids)
+        with torch.no_grad():
+            losses.append(reference_loss(functional(model, weights_of(model)), rows).item())
+    assert [tokens for tokens, _ in counted] == [seen]
+    assert row["meta/loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+    assert row["meta/avg_support_loss"] == row["meta/avg_query_loss"] == row["meta/loss"]
+    (run,) = runs
+    assert set(run.shows.values()) <= run.latest.keys()
+
+
+@pytest.mark.parametrize(
+    "method,what",
+    [
+        ("fomaml", "loss"), ("fomaml", "gradient"), ("fomaml", "rates"),
+        ("reptile", "loss"), ("reptile", "gradient"),
+    ],
+)  # fmt: skip
+def test_what_must_be_finite(method, what, short, small_model, monkeypatch):
+    """A step where one of them is not is left out: the weights stay, at the third it goes on."""
+    one_task, calls = getattr(fomaml.MetaLearner, method), []
+
+    def spoilt(self, episode):
+        support, query = one_task(self, episode)
+        calls.append(episode)
+        if len(calls) > 2:
+            return support, query
+        if what == "loss":
+            return support, query * math.nan
+        spoilt_one = self.rate_gradient if what == "rates" else self.meta_gradient[-1]
+        spoilt_one.view(-1)[0] = math.nan
+        return support, query
+
+    monkeypatch.setattr(fomaml.MetaLearner, method, spoilt)
+    learn = ["--learn-inner-lr", "scalar"] if what == "rates" else []
+    settings = ["--steps", "2", "--meta-gradient", method, "--save-every", "1", *learn]
+    folder, status = short(*settings, "--inner-optimizer", "sgd")
+    assert status == 0
+    assert [row["skipped_steps"] for row in logged(folder)] == [1, 1]
+    assert len(calls) == 4
+    state = load_weights(str(small_model)).state_dict()
+    assert all(bool(w.isfinite().all()) for w in final_weights(folder).values())
+    assert any(not torch.equal(w, state[name]) for name, w in final_weights(folder).items())
+
+
+def test_a_signal_between_two_tasks(short, monkeypatch):
+    """The step is given up, not made of half of its tasks; the resumed run is the whole one."""
+    whole, _ = short(name="whole")
+    one_task, calls = fomaml.MetaLearner.fomaml, []
+
+    def signalled(self, episode):
+        calls.append(episode)
+        if len(calls) == 3:  # the first task of the second step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return one_task(self, episode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fomaml.MetaLearner, "fomaml", signalled)
+        folder, status = short(name="cut")
+    assert (status, len(calls), len(logged(folder))) == (0, 3, 1)
+    assert short("--resume", name="cut") == (folder, 0)
+    assert logged(folder) == logged(whole)
+    assert_same_weights(final_weights(folder), final_weights(whole))
+
+
+def test_adamw_as_it_is_asked_for(short, monkeypatch):
+    """Betas, decay, rate times the schedule."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def noted(self, *args, **kwargs):
+        (group,) = self.param_groups
+        seen.append((group["betas"], group["weight_decay"], group["lr"]))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    flags = ["--betas", "0.5", "0.75", "--weight-decay", "0.25", "--outer-lr", "2e-4"]
+    _, status = short("--steps", "2", "--warmup-ratio", "1", *flags)
+    assert status == 0
+    assert seen == [((0.5, 0.75), 0.25, 1e-4), ((0.5, 0.75), 0.25, 2e-4)]
+
+
+def test_steps_of_learned_rates(short, monkeypatch):
+    """Adam's bias correction counts from the first step; the rates that were moved are used."""
+    seen, used = [], []
+    move, adapt = fomaml.InnerRates.move, fomaml.MetaLearner.adapt
+
+    def noted(self, gradient, step, schedule):
+        seen.append((step, schedule))
+        move(self, gradient, step, schedule)
+
+    def watched(self, support, watch=None):
+        used.append(list(self.inner_lr))
+        return adapt(self, support, watch)
+
+    monkeypatch.setattr(fomaml.InnerRates, "move", noted)
+    monkeypatch.setattr(fomaml.MetaLearner, "adapt", watched)
+    flags = ["--steps", "2", "--warmup-ratio", "1", "--learn-inner-lr", "scalar"]
+    folder, _ = short(*flags, "--inner-lr", "0.01")
+    assert seen == [(0, 0.5), (1, 1.0)]
+    after = [row["inner_lr/lowest"] for row in logged(folder)]
+    assert [rates[0] for rates in used] == pytest.approx([0.01] * 2 + [after[0]] * 2)
+    assert after[0] != 0.01
+
+
+def test_what_an_evaluation_is_given(small_model, sums, tmp_path, monkeypatch):
+    """As many support rows as an episode has, as many different ones; its own flags."""
+    seen = []
+
+    def adaptation(model, tasks, *_, **settings):
+        seen.append(settings | {"tasks": [t.name for t in tasks]})
+        return {t.name: {"loss_before": 2.0, "loss_after": 1.0, "problems": 1} for t in tasks}
+
+    monkeypatch.setattr(fomaml, "adaptation", adaptation)
+    monkeypatch.setattr(plots, "figure", lambda *_: None)
+    flags = ["--model", small_model, "--data", sums, *META_RUN, "--meta-gradient", "none"]
+    flags += ["--shots", "3", "--eval-problems", "5", "--eval-max-new-tokens", "7", "--seed", "9"]
+    flags += ["--max-length", "100", "--output-dir", tmp_path / "r"]
+    assert run_here(fomaml, *flags) == 0
+    (given,) = seen
+    rows = [Example("", "", "", "", 0, str(i)) for i in range(12)]
+    drawn = given["draw"](random.Random(0), rows)
+    assert (len(drawn), len({e.id for e in drawn})) == (4, 3)
+    names = ("curve", "max_length", "problems", "max_new_tokens", "seed", "tasks")
+    assert [given[name] for name in names] == [2, 100, 5, 7, 9, ["more", "sum"]]
+    (row,) = logged(tmp_path / "r", "evaluations.jsonl")
+    assert row["mean"]["loss_after"] == 1.0
+
+
+def test_random_numbers_of_a_step(short, monkeypatch):
+    """Dropout has others at every seed, step and replica, the same ones whenever the step comes."""
+    found, real, rank = [], run.setup, []
+    monkeypatch.setattr(run, "setup", lambda *a: replace(real(*a), replica=rank[-1]))
+
+    def noted(*args):
+        found.append(torch.initial_seed())
+        return sample_episode(*args)
+
+    def one_task(self, episode):
+        return torch.ones(()), torch.ones(())
+
+    monkeypatch.setattr(fomaml, "sample_episode", noted)
+    monkeypatch.setattr(fomaml.MetaLearner, "fomaml", one_task)
+    sets = {}
+    for i, (seed, replica) in enumerate(((1, 0), (1, 1), (2, 0), (1, 0))):
+        found.clear()
+        rank.append(replica)
+        settings = ["--steps", "2", "--gain-every", "0", "--tasks-per-step", "1"]
+        assert short(*settings, "--seed", seed, name=f"r{i}")[1] == 0
+        assert len(found) == 2
+        assert sets.setdefault((seed, replica), found[:]) == found
+    assert len({number for pair in sets.values() for number in pair}) == 6
