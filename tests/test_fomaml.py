@@ -1186,3 +1186,17 @@ def test_random_numbers_of_a_step(short, monkeypatch):
         assert len(found) == 2
         assert sets.setdefault((seed, replica), found[:]) == found
     assert len({number for pair in sets.values() for number in pair}) == 6
+
+
+def test_joint_counts_the_tokens_of_all_replicas(short, monkeypatch):
+    """Also a replica that none of the tasks is left for divides by the whole meta-batch's."""
+    asked, setup, count = [], run.setup, fomaml.MetaLearner.union_tokens
+    monkeypatch.setattr(run, "setup", lambda *a: replace(setup(*a), replica=1))
+
+    def noted(self, episodes):
+        asked.append([e.task for e in episodes])
+        return count(self, episodes)
+
+    monkeypatch.setattr(fomaml.MetaLearner, "union_tokens", noted)
+    assert short("--steps", "1", "--meta-gradient", "joint")[1] == 0
+    assert [len(names) for names in asked] == [2]
