@@ -1137,6 +1137,8 @@ def test_steps_of_learned_rates(short, monkeypatch):
     after = [row["inner_lr/lowest"] for row in logged(folder)]
     assert [rates[0] for rates in used] == pytest.approx([0.01] * 2 + [after[0]] * 2)
     assert after[0] != 0.01
+    for row in logged(folder):  # beside all that is logged without them
+        assert {"meta/loss", "meta/grad_norm", "lr", "inner_lr/highest"} <= row.keys()
 
 
 def test_what_an_evaluation_is_given(small_model, sums, tmp_path, monkeypatch):
