@@ -884,6 +884,18 @@ def test_flags_of_preparing(tmp_path, capsys):
         assert texts_of(one.support + one.query) == texts_of(other.support + other.query)
 
 
+def test_a_folder_is_checked_where_that_is_asked_for(tmp_path, capsys):
+    """Responses without an answer: a fault to --validate alone."""
+    rows = [{"problem": f"{i}?", "solution": "Yes", "subject": "s"} for i in range(20)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for flags, status in (({}, 0), ({"validate": True}, 1), ({"validate_only": True}, 1)):
+        args = data.Args(str(tmp_path / "out"), str(tmp_path / "a.json"), **flags)
+        assert data.main(args) == status
+        out = capsys.readouterr().out
+        assert ("no final answer" in out) == bool(status)
+        assert ("wrote 3 files" in out) == ("validate_only" not in flags)
+
+
 # --------------------------------------------------------------------------------------------------
 # What the random numbers and the names depend on
 
