@@ -260,7 +260,7 @@ def draw_adaptation_curves(settings: list[Setting], axis) -> None:
         for which, colour, style, label in moments:
             line(axis, adaptation_curves(setting.evaluations, which), colour, style, label)
             in_context = []
-            for rows in setting.evaluations:
+            for rows in filter(None, setting.evaluations):
                 if "accuracy_in_context" in rows[which]["mean"]:
                     in_context.append(100 * rows[which]["mean"]["accuracy_in_context"])
             if in_context and single:
