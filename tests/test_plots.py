@@ -147,6 +147,13 @@ def test_what_makes_seeds_of_one_setting(tmp_path):
         assert plots.seedless_args(folder) == str(folder)
 
 
+def test_the_order_of_settings_says_nothing(tmp_path):
+    """Runs of other versions of a script may name them in another order."""
+    one = write(tmp_path / "one", args={"args": {"lr": 0.1, "steps": 3, "seed": 1}})
+    two = write(tmp_path / "two", args={"args": {"steps": 3, "seed": 2, "lr": 0.1}})
+    assert len(plots.settings_of([one, two], {})) == 1
+
+
 def test_settings_have_names_and_colours(tmp_path):
     """The name of the first run, or the one that was given; the eighth has the first colour."""
     folders = []
@@ -347,6 +354,25 @@ def test_metrics_of_several_settings(axis):
     ]
 
 
+def test_points_are_open_before_adaptation(axis):
+    """And full after it; a loss of the training has no points."""
+    rows = [evaluation(0, loss_before=2.0, loss_after=1.0)]
+    plots.draw_adaptation([setting(evaluations=[rows])], "loss", 1, axis)
+    before, after = axis.get_lines()
+    assert before.get_marker() == after.get_marker() == "o"
+    assert to_hex(before.get_markerfacecolor()) == "#ffffff"
+    assert to_hex(after.get_markerfacecolor()).upper() == BLUE
+    axis.clear()
+    tasks = {name: {"accuracy": 0.5} for name in "xyz"}
+    plots.draw_test_sets([setting(evaluations=[[{"step": 0, "tasks": tasks}]])], list("xyz"), axis)
+    points = [(line.get_marker(), to_hex(line.get_markerfacecolor())) for line in axis.get_lines()]
+    assert len(set(points)) == 3  # a single evaluation is points alone: they tell the sets apart
+    assert all(marker not in ("None", "") for marker, _ in points)
+    axis.clear()
+    plots.draw_metric([setting(metrics=[[{"step": 0, "x": 1.0}]])], "x", 0, axis)
+    assert {line.get_marker() for line in axis.get_lines()} == {"None"}
+
+
 def test_adaptation_of_several_settings(axis):
     """Colours tell the runs apart, dashes before from after; accuracies from zero, in percent."""
     one = [evaluation(0, accuracy_before=0.25, accuracy_after=0.5), evaluation(4)]
@@ -424,6 +450,18 @@ def test_drawn_curves_of_adaptation(axis):
         Line("a", BLUE, "-", [0, 1], approx(10, 50)),
         Line("b", RED, "-", [0, 1], approx(30, 70)),
     ]
+
+
+def test_curves_beside_runs_that_were_not_evaluated(axis):
+    """A seed or a setting that has only begun takes nothing from the picture of the others."""
+    plots.draw_adaptation_curves([setting(evaluations=curve_rows())], axis)
+    found = drawn(axis)
+    assert [line.ys for line in found[:2]] == [approx(20, 30), approx(40, 40)]
+    axis.clear()
+    first, *_ = curve_rows()
+    begun = setting("b", RED, evaluations=[[]])
+    plots.draw_adaptation_curves([setting("a", BLUE, evaluations=[first]), begun], axis)
+    assert drawn(axis) == [Line("a", BLUE, "-", [0, 1], approx(10, 50))]
 
 
 def test_curves_without_prompts(axis):
@@ -922,3 +960,13 @@ def test_picture(here, capsys):
     assert (here / "new" / "x.SVG").stat().st_size > 1000
     assert run_here(plots, "run", "--labels", "a") == 0
     assert (here / "curves.png").exists()
+
+
+def test_folders_of_no_name(here, figures, monkeypatch):
+    """The current folder has the name that it has elsewhere; all folders of --out are made."""
+    write(here / "mine", metrics=RUN)
+    write(here / "other", metrics=RUN)
+    monkeypatch.chdir(here / "mine")
+    assert run_here(plots, ".", "../other", "--out", "a/b/x.svg") == 0
+    assert legends(figures[0]) == [["mine", "other"]]
+    assert (here / "mine" / "a" / "b" / "x.svg").exists()
