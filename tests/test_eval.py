@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -534,6 +535,34 @@ def test_benchmarks_of_the_hub(monkeypatch):
         evaluation.load_benchmark("minerva", None, 0)
 
 
+def test_sets_of_the_hub():
+    """The parts with the problems that are reported: of two sets on the hub there is a training
+    part alone; GPQA's diamond set, ARC's hard questions."""
+    assert {name for name, (_, _, part) in evaluation.HUB.items() if part != "test"} == {
+        "aime24",
+        "gpqa_d",
+    }
+    assert evaluation.HUB["aime24"][2] == evaluation.HUB["gpqa_d"][2] == "train"
+    configurations = {name: config for name, (_, config, _) in evaluation.HUB.items() if config}
+    assert configurations == {
+        "gsm8k": "main",
+        "arc_c": "ARC-Challenge",
+        "gpqa_d": "gpqa_diamond",
+    }
+    owners = {name: source for name, (source, *_) in evaluation.HUB.items()}
+    assert owners == {
+        "math500": "HuggingFaceH4/MATH-500",
+        "aime24": "HuggingFaceH4/aime_2024",
+        "amc23": "math-ai/amc23",
+        "minerva": "math-ai/minervamath",
+        "olympiadbench": "math-ai/olympiadbench",
+        "gsm8k": "openai/gsm8k",
+        "arc_c": "allenai/ai2_arc",
+        "gpqa_d": "Idavidrein/gpqa",
+        "mmlu_pro": "TIGER-Lab/MMLU-Pro",
+    }
+
+
 @pytest.mark.parametrize(
     "row,expected",
     [
@@ -561,6 +590,18 @@ def test_columns_of_rows(row, expected):
         answer = found.answer
         assert "#" not in answer
     assert found == evaluation.Problem("", prompt, answer, (), subject, level)
+
+
+def test_answers_before_solutions():
+    """Rows of the hub hold both: what is shorter is the reference."""
+    row = {"problem": "P", "solution": "s", "correct answer": "c", "final_answer": "f"}
+    row |= {"answerKey": "k", "answer": "a"}
+    for name in ("answer", "answerKey", "final_answer", "correct answer", "solution"):
+        assert evaluation._problem(row, "f").answer == row.pop(name)[0]
+    with pytest.raises(DataError, match="needs problem"):
+        evaluation._problem({"question": " \n", "answer": "1"}, "f")
+    labelled = {"question": "Q", "choices": ["x", "y"], "options": ["z", "x"], "answer": "x"}
+    assert evaluation._problem(labelled, "f").choices == ("x", "y")
 
 
 def test_what_is_an_answer():
@@ -722,6 +763,78 @@ def test_rows_that_a_folder_holds(tmp_path):
     evaluation.write_text(tmp_path / "results.md", "é")
     assert (tmp_path / "results.md").read_bytes() == "é".encode()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_responses_are_in_the_file_at_once(tmp_path):
+    """Before it is closed: a kill loses nothing."""
+    with evaluation.append_to(tmp_path / "responses-0.jsonl") as f:
+        evaluation.write_rows(f, [{"model": "m", "id": "b/0", "sample": 0}])
+        assert len(evaluation.written(tmp_path, "m")) == 1
+
+
+def test_the_last_file_counts(tmp_path):
+    for i in random.Random(0).sample(range(10), 10):
+        with evaluation.append_to(tmp_path / f"responses-{i}.jsonl") as f:
+            evaluation.write_rows(f, [{"model": "m", "id": "b/0", "sample": 0, "file": i}])
+    (row,) = evaluation.written(tmp_path, "m").values()
+    assert row["file"] == 9
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    file.write_text("old")
+    write = Path.write_text
+
+    def half(self, text, **options):
+        write(self, text[: len(text) // 2], **options)
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(Path, "write_text", half)
+        evaluation.write_text(file, "something new")
+    assert file.read_text() == "old"
+
+
+def test_models_of_the_hub_may_run_their_code_where_it_is_allowed(monkeypatch):
+    """--trust-remote-code reaches every loader; --vision those of a game alone."""
+    asked = []
+
+    def weights(name, dtype=torch.float32, trust_remote_code=False):
+        asked.append(("weights", trust_remote_code))
+        return torch.nn.Linear(1, 1)
+
+    def readers(name, vision, trust_remote_code):
+        asked.append(("readers", vision, trust_remote_code))
+        return None, None, None
+
+    def config(name, trust_remote_code):
+        asked.append(("config", trust_remote_code))
+        return None, Letters()
+
+    def play(*_, **__):
+        return [[]]
+
+    monkeypatch.setattr(evaluation, "load_weights", weights)
+    monkeypatch.setattr(evaluation, "load_readers", readers)
+    monkeypatch.setattr(evaluation, "load_config", config)
+    monkeypatch.setattr(evaluation, "template", lambda _: CHAT)
+    monkeypatch.setattr(evaluation, "positions", lambda _: 99)
+    monkeypatch.setattr(evaluation, "play", play)
+    monkeypatch.setattr(evaluation, "sample", lambda *_, **__: [Sample([1], [], True)])
+    monkeypatch.setattr(torch.nn.Linear, "config", None, raising=False)
+    test = evaluation.GameTest("g/a", "g (a)", None)
+    for trust, vision in ((True, False), (False, True)):
+        asked.clear()
+        args = evaluation.Args(trust_remote_code=trust, vision=vision, few_shot=(0,))
+        evaluation.study_model(args, "m")
+        evaluation.few_shot(args, evaluation.Study([], {"m": {}}), "m", CPU)
+        list(evaluation.respond(args, "m", [(problem(0), 0)], CPU.device))
+        list(evaluation.play_episodes(args, "m", [(test, [0])], CPU))
+        assert sorted(asked) == [
+            *[("config", trust)] * 2,
+            ("readers", vision, trust),
+            *[("weights", trust)] * 4,
+        ]
 
 
 def test_how_a_model_generates(monkeypatch):
@@ -938,6 +1051,22 @@ def test_test_sets_of_games():
     tests = evaluation.game_tests(evaluation.Args(vision=True), "virl")
     assert [test.id for test in tests] == ["virl/in distribution", "virl/rule", "virl/visual"]
     assert not any(test.game.compact for test in tests)
+
+
+def test_flags_of_games(monkeypatch):
+    """A route file is that of all test sets."""
+    asked = []
+
+    def games_of(name, **settings):
+        asked.append((name, settings))
+        return "train", "validation", {"rule": name}
+
+    monkeypatch.setattr(evaluation, "games_of", games_of)
+    for vision, compact, data in ((True, False, "routes.json"), (False, True, None)):
+        args = evaluation.Args(vision=vision, compact=compact, data=data)
+        assert evaluation.game_tests(args, "virl") == [("virl/rule", "virl (rule)", "virl")]
+        settings = {"vision": vision, "compact": compact, "routes": data, "test_routes": data}
+        assert asked.pop() == ("virl", settings)
 
 
 def episode(test, seed: int, k: int, **numbers) -> dict:
@@ -1179,6 +1308,19 @@ def test_prompts_with_examples_must_fit(monkeypatch):
             f"{places} positions: lower --few-shot"
         )
     evaluation.check_prompts(args, tasks, {"narrow": (config_with(96), "N")})
+
+
+def test_prompts_are_checked_where_examples_stand_in_them(monkeypatch):
+    """Before anything is measured, on the rows that the study takes; nowhere else."""
+    _, tokenizer = load_config("tiny")
+    rows = [words(30, f"{i}") for i in range(9)]
+    task = Task("t", support=rows[:3], query=[], test=rows[3:])
+    monkeypatch.setattr(evaluation, "load_tasks", lambda *_, **__: [task])
+    readers = {"m": (config_with(64), tokenizer)}
+    args = evaluation.Args(few_shot=(3,), limit=1)
+    assert len(evaluation.load_study(args, readers, CPU).tasks) == 1
+    with pytest.raises(DataError, match="^--in-context: 3 examples"):
+        evaluation.load_study(dataclasses.replace(args, in_context=True), readers, CPU)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -1614,6 +1756,25 @@ def test_settings_that_do_not(settings, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    "name", ["batch_size", "seeds", "max_length", "adapt_steps", "adapt_batch"]
+)
+def test_numbers_that_begin_at_one(name):
+    assert evaluation.check(evaluation.Args(**{name: 1}))
+    with pytest.raises(DataError, match=f"--{name.replace('_', '-')} must be at least 1, not 0"):
+        evaluation.check(evaluation.Args(**{name: 0}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": -0.1}, {"limit": 10**9 + 1}, {"seed": -9 * 10**18}, {"top_p": -0.5}],
+)
+def test_numbers_out_of_their_bounds(settings):
+    (name,) = settings
+    with pytest.raises(DataError, match=f"--{name.replace('_', '-')} must be"):
+        evaluation.check(evaluation.Args(**settings))
+
+
 def test_names_of_benchmarks():
     """Groups are spelled out, each benchmark once, in order."""
 
@@ -1676,6 +1837,54 @@ def test_ranks_take_the_folder_of_rank_0(here, monkeypatch):
         world = World(torch.device("cpu"), rank, 2)
         assert evaluation.claim_folder(evaluation.Args(), world) == "evals/run"
     assert claimed == [(["evals/run"], 0), ([None], 0)]
+
+
+def test_all_ranks_end_where_rank_0_has_no_folder(here, monkeypatch):
+    """With its error."""
+    sent = []
+
+    def broadcast(answer, source):
+        sent.append(answer[0])
+        answer[0] = sent[0]
+
+    monkeypatch.setattr(evaluation.dist, "broadcast_object_list", broadcast)
+    (here / "file").write_text("")
+    args = evaluation.Args(output_dir="file/x")
+    for rank in (0, 1):
+        with pytest.raises(DataError, match="file"):
+            evaluation.claim_folder(args, World(torch.device("cpu"), rank, 2))
+    assert sent[1] is None
+
+
+def test_folders_of_the_user(here, monkeypatch):
+    """~ is the user's, whoever wrote it into the command."""
+    monkeypatch.setenv("HOME", str(here / "home"))
+    folder = evaluation.claim_folder(evaluation.Args(output_dir="~/x"), CPU)
+    assert folder == str(here / "home" / "x")
+    assert (here / "home" / "x" / "args.json").exists()
+
+
+def test_a_folder_without_room_is_taken_back(here, monkeypatch):
+    def fail(file, text):
+        file.with_name("args.json.tmp").touch()
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(evaluation, "write_text", fail)
+    with pytest.raises(DataError, match="full"):
+        evaluation.claim_folder(evaluation.Args(output_dir="x"), CPU)
+    assert not (here / "x").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "5", '"x"'])
+def test_settings_of_others(here, text):
+    """What is JSON, but no settings, is damaged; a setting that is new counts as changed."""
+    (here / "args.json").write_text(text)
+    settings = evaluation.settings_of(evaluation.Args())
+    assert evaluation.changed_settings(here, settings) == ["a damaged args.json"]
+    (here / "args.json").write_text(json.dumps({**settings, "gone": 1}))
+    assert evaluation.changed_settings(here, settings) == []
+    assert evaluation.changed_settings(here, {**settings, "new": 1}) == ["new"]
+    assert evaluation.changed_settings(here / "none", settings) == []
 
 
 def test_folders_that_are_taken_back(tmp_path):
