@@ -1109,3 +1109,127 @@ def test_report_of_cases(tmp_path, capsys):
     assert checker.main([]) == 2
     assert checker.main(["-h"]) == checker.main(["--help"]) == 0
     assert capsys.readouterr().out.count("usage: python checker.py CASES.jsonl") == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Limits: the last that is read and the first that is not
+
+
+def is_limit(function, *args) -> bool:
+    try:
+        function(*args)
+    except checker.Limit:
+        return True
+    return False
+
+
+def test_limits_of_trees():
+    """Brackets 19 deep (each takes two of 40), 20 relations, five signs of two readings."""
+    for last, first in (
+        ("(" * 19 + "x" + ")" * 19, "(" * 20 + "x" + ")" * 20),
+        ("2^" * 38 + "x", "2^" * 39 + "x"),
+        ("<".join("x" * 21), "<".join("x" * 22)),
+        (r"1\pm2\pm3\pm4\pm5", r"1\pm2\pm3\pm4\pm5\pm6"),
+    ):
+        assert not is_limit(checker.parse, last), last
+        assert is_limit(checker.parse, first), first
+    # beside \mp there are two readings, of however many signs
+    assert len(checker.parse(r"1\pm2\mp3\pm4\pm5\pm6")) == 3
+    many = [str(k) for k in range(21)]
+    assert checker._items("".join(f"\n- {k}" for k in many)) == many[:20]
+    assert checker._items("\n- 5") == []
+
+
+def test_limits_of_exact_values():
+    """40,000 bits of a result; 80,000 of a power; what is left to floating point beyond."""
+    import sympy
+
+    whole, part, x = sympy.Integer, sympy.Rational, sympy.Symbol("x")
+    for function, last, first in (
+        (checker.limited, [whole(2**39_998)], [whole(2**39_999)]),  # a bit for the denominator
+        (checker.limited, [part(1, 2**39_998)], [part(1, 2**39_999)]),
+        (checker.power, [whole(3), whole(40_000)], [whole(3), whole(40_001)]),
+        (checker.power, [whole(1), whole(10**9)], [whole(2), whole(10**9)]),
+        (checker.power, [part(1, 3), whole(-40_000)], [part(1, 3), whole(-40_001)]),
+        (checker.function, ["factorial", [whole(3000)]], ["factorial", [whole(3001)]]),
+    ):
+        assert not is_limit(function, *last), last
+        assert is_limit(function, *first), first
+    # the terms of a sum may have 160,000 bits together
+    assert checker.combined("add", [whole(2**39_998), whole(-(2**39_998))] * 2) == 0
+    assert is_limit(checker.combined, "add", [whole(2**39_998), whole(-(2**39_998))] * 2 + [x])
+    stays = sympy.Function("pow")
+    for base, exponent, kept in (
+        (whole(2), part(1, 12), False), (whole(2), part(1, 13), True),
+        (whole(2), part(99, 5), False), (whole(2), part(101, 5), True),
+        (whole(2**126), part(1, 3), False), (whole(2**127), part(1, 3), True),
+        (x + 1, whole(60), False), (x + 1, whole(61), True), (x + 1, whole(-60), False),
+        (2 * x, whole(2), True), (x**2, whole(2), True), (x, part(1, 2), True),
+    ):  # fmt: skip
+        assert (checker.power(base, exponent).func == stays) == kept, (base, exponent)
+    for base, exponent, value in (
+        (whole(10**100), part(-1, 2), part(1, 10**50)),  # more than 128 bits, but a square
+        (part(9, 4), part(3, 2), part(27, 8)),
+        (whole(-8), part(1, 3), -2),
+        (whole(-8), part(2, 3), 4),
+        (whole(0), part(1, 2), 0),
+        (whole(0), whole(0), 1),
+    ):
+        assert checker.power(base, exponent) == value, (base, exponent)
+    assert checker.function("det", [2 * sympy.eye(4)]) == 16
+    assert is_limit(checker.function, "det", [sympy.eye(5)])
+
+
+def test_limits_of_floating_point():
+    """Sizes from which a value is not worked out, and what it costs."""
+    import sympy
+
+    mp, x = checker.context(), sympy.Symbol("x")
+    named, whole = sympy.Function, sympy.Integer
+
+    def of(expression, at):
+        return checker.Number([10**6])(expression, {"x": mp.mpmathify(at)})
+
+    for expression, last, first in (
+        (named("floor")(x), "1e30", "1.0001e30"),
+        (named("cosh")(x), 50_000, 50_001),
+        (named("exp")(x), -50_000, -50_001),
+        (named("pow")(whole(2), x), 50_000, 50_001),  # log2 2 + 1 for each
+        (named("factorial")(x), 1500, 1501),
+        (x + 1, mp.mpf(2) ** 199_999, mp.mpf(2) ** 200_000),
+        (checker.to_sympy(checker.parse(r"\sum_{k=1}^{x} k"), [99], {}), 201, 202),
+    ):
+        assert not is_limit(of, expression, last), expression
+        assert is_limit(of, expression, first), expression
+    # whole but for rounding; real but for rounding
+    assert of(named("floor")(x), mp.mpf(3) - mp.mpf(10) ** -41) == 3
+    assert of(named("floor")(x), mp.mpf(3) - mp.mpf(10) ** -39) == 2
+    assert isinstance(of(2 * x, mp.mpc(1, mp.mpf(10) ** -46)), mp.mpf)
+    assert isinstance(of(2 * x, mp.mpc(1, mp.mpf(10) ** -44)), mp.mpc)
+    for expression, at, precision, cost in (
+        (x + 1, 2, 0, 3),
+        (x + 1, 2, 1, 15),
+        (named("factorial")(x), 2, 0, 2),
+        (named("factorial")(x), 2.5, 0, 62),
+        (whole(2**4000), 0, 0, 1 + 10),
+    ):
+        budget = [1000]
+        checker.Number(budget, precision)(expression, {"x": mp.mpf(at)})
+        assert 1000 - budget[0] == cost, expression
+    assert checker.size_of((x + 1) ** 19) == 2**19
+    assert checker.size_of((x + 1) ** 20) == 10**6
+
+
+def test_limits_of_comparison():
+    """900 pairs of items; a decimal of ten digits is that of a number that it is next to; a
+    difference of 10^-200 is none, where other numbers are there."""
+    same = checker.Same()
+    assert same.unordered((1,) * 30, (1,) * 30, int.__eq__)
+    assert is_limit(same.unordered, (1,) * 31, (1,) * 30, int.__eq__)
+    for digits, near in (
+        ("3.141592654", True), ("3.14159265", False), ("3.141592653", True),
+        ("3.141592655", False), ("3.141592652", False),
+    ):  # fmt: skip
+        assert checker.is_equal(digits, r"\pi") == checker.is_equal(r"\pi", digits) == near, digits
+    assert_equal(r"\sqrt2+10^{-210}\pi", r"\sqrt2")
+    assert_different(r"\sqrt2+10^{-190}\pi", r"\sqrt2")
