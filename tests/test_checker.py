@@ -1233,3 +1233,36 @@ def test_limits_of_comparison():
         assert checker.is_equal(digits, r"\pi") == checker.is_equal(r"\pi", digits) == near, digits
     assert_equal(r"\sqrt2+10^{-210}\pi", r"\sqrt2")
     assert_different(r"\sqrt2+10^{-190}\pi", r"\sqrt2")
+
+
+def test_limits_of_texts():
+    """How far away and how long what counts may be."""
+    for spaces, count in ((17, 0), (18, 1)):  # "not" within 20 characters of a box
+        assert len(checker._meant("not" + " " * spaces + r"\boxed{1}")) == count
+    for letters, found in ((19, None), (20, "5")):  # and 20 letters before a number
+        assert checker._number("not " + "a" * letters + " 5", False) == found
+    for later, found in ((5, "5"), (6, None)):  # the last six that name an answer
+        text = "the answer is 5. " + "the answer is right. " * later
+        assert checker._stated(text) == found
+    for letters, found in ((180, "7"), (190, "3.1")):  # 200 characters on
+        assert checker._clause("about 3.1 " + "a" * letters + ", exactly 7").split()[0] == found
+    for letters, plain in ((49, "nosolution"), (50, "x" * 50 + "nosolution")):
+        assert checker.words("x" * letters + "nosolution") == plain
+    for digits, text in ((40, r"\frac"), (41, "0.222")):
+        assert checker.clean("0." + "2" * digits + r"\overline{3}").startswith(text)
+    for words, whole in ((10, True), (11, False)):  # more are a solution
+        assert checker.grade(r"\boxed{5}", "abcd " * words + "is 5") != whole
+
+
+def test_report_of_times(tmp_path, capsys, monkeypatch):
+    """Of 200 rows that take 1 to 200 ms: the 101st, the 199th and the last."""
+    row = json.dumps({"response": "1", "gold": "1"})
+    file = tmp_path / "c.jsonl"
+    seconds = [k / 1000 for k in range(1, 201)]
+    random.Random(0).shuffle(seconds)
+    clock = iter([time for spent in seconds for time in (5.0, 5.0 + spent)])
+    monkeypatch.setattr(checker.time, "perf_counter", lambda: next(clock))
+    file.write_text("\n".join([row] * 200))
+    assert checker.main([str(file)]) == 0
+    said = f"{file}: 200 rows; median 101.000 ms, p99 199.00 ms, longest 200.0 ms\n"
+    assert capsys.readouterr().out == said
