@@ -1266,3 +1266,100 @@ def test_report_of_times(tmp_path, capsys, monkeypatch):
     assert checker.main([str(file)]) == 0
     said = f"{file}: 200 rows; median 101.000 ms, p99 199.00 ms, longest 200.0 ms\n"
     assert capsys.readouterr().out == said
+
+
+SPELLINGS = [  # every sign and command beside another way to write what it means
+    ("3−1", "2"), ("3–1", "2"), ("2×3", "6"), ("2·3", "6"), ("2⋅3", "6"), ("6÷2", "3"),
+    ("√9", "3"), ("2π", r"2\pi"), ("x≤2", r"x\le2"), ("x≥2", r"x\ge2"), ("x≠2", r"x\ne2"),
+    ("(2,∞)", "x>2"), ("180°", r"\pi"), ("1±2", "3,-1"), ("a±b∓c", "a+b-c,a-b+c"),
+    (r"\{1\}∪\{2\}", r"\{1,2\}"), ("[0,2]∩[1,3]", "[1,2]"), ("x∈[1,2]", "[1,2]"),
+    ("∅", r"\{\}"), ("Ø", r"\{\}"), ("θ", r"\theta"), ("α", r"\alpha"), ("β", r"\beta"),
+    ("2π≈6.28", r"2\pi"), ("ℝ", r"(-\infty,\infty)"), ("∠A", r"\angle A"),
+    (r"x≡4\pmod3", r"x\equiv1\pmod3"), ("x′", "x'"), ("x’", "x'"), ("⟨1,2⟩", "(1,2)"),
+    ("½", "0.5"), ("⅓", "1/3"), ("⅔", "2/3"), ("¼", "0.25"), ("¾", "0.75"), ("1½", "1.5"),
+    ("2，1", "1,2"), ("2、1", "1,2"), ("1：2", "2:4"), ("（1,2）", "(1,2)"), ("5。", "5"),
+    ("μ", r"\mu"), ("1,2,…,n", r"1,2,\dots,n"), ("Ω", r"\Omega"), ("∑_{k=1}^{3} k", "6"),
+    (r"∫_0^1 2x\,dx", "1"), ("Δ", r"\Delta"), ("4\u200b2", "42"), ("4\ufe0f", "4"),
+    ("4\u20e3", "4"), ("4\u202e2", "42"),
+    (r"\dfrac12", "0.5"), (r"\tfrac12", "0.5"), (r"\cfrac12", "0.5"), (r"\dbinom52", "10"),
+    (r"\tbinom52", "10"), (r"x\leq2", "2>=x"), (r"x\leqslant2", "2>=x"), ("x<=2", r"2\ge x"),
+    (r"x\geq2", "2<=x"), (r"x\geqslant2", "2<=x"), ("x>=2", r"2\le x"), (r"x\neq 2", r"x\ne2"),
+    ("x!=2", r"x\ne2"), (r"x\lt 2", "x<2"), (r"x\gt 2", "x>2"), (r"50\%", "0.5"),
+    (r"\lvert-3\rvert", "3"), (r"\vert-3\vert", "3"), (r"\|-3\|", "3"), (r"\lVert-3\rVert", "3"),
+    (r"\Vert-3\Vert", "3"), (r"\{x\mid x>3\}", "x>3"), (r"2\ast3", "6"), (r"2\cdot3", "6"),
+    (r"2\times3", "6"), (r"6\div2", "3"), (r"x>2\land x<5", "(2,5)"), (r"x>2\wedge x<5", "(2,5)"),
+    (r"x<2\lor x>5", r"x<2\text{ or }x>5"), (r"x<2\vee x>5", r"x<2\text{ or }x>5"),
+    (r"\lbrace1,2\rbrace", r"\{1,2\}"), (r"x\equiv4\mod3", r"x\equiv1\pmod3"),
+    (r"x\equiv4\bmod3", r"x\equiv1\pmod3"), (r"[0,3]\backslash[1,3]", "[0,1)"),
+    (r"1,\ldots,n", r"1,\dots,n"), (r"1,\cdots,n", r"1,\dots,n"), ("1,...,n", r"1,\dots,n"),
+    (r"f\prime(2)", "f'(2)"), (r"\tg\pi", "0"), ("€3", r"\$3"), ("£3", r"\$3"),
+    (r"\epsilon", r"\varepsilon"), (r"\phi", r"\varphi"), (r"\varnothing", r"\emptyset"),
+    (r"1\colon2", "2:4"), (r"\left\{x\middle|x>3\right\}", "x>3"),
+    (r"\sum\limits_{k=1}^3 k", "6"), (r"\sum\nolimits_{k=1}^3 k", "6"),
+]  # fmt: skip
+SILENT = r"""\displaystyle \textstyle \rm \bf \it \large \Large \LARGE \huge \Huge \small \quad
+    \qquad \, \; \: \! \boxed \fbox \underline \boldsymbol \bm \mathcal \mathfrak \mathscr \mathsf
+    \therefore \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr"""
+WORDED = r"\text \textbf \textit \textnormal \textrm \textsf \texttt \mbox \hbox \mathrm \mathbf"
+
+
+def test_spellings():
+    """Each way to write a sign; commands that say nothing."""
+    for text, same in SPELLINGS:
+        assert_equal(text, same)
+    for power, (high, low) in enumerate(zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "₀₁₂₃₄₅₆₇₈₉", strict=True)):
+        assert_equal(f"2{high}", str(2**power))
+        assert_equal(f"a{low}", f"a_{power}")
+    for command in SILENT.split():
+        assert_equal(rf"3+{command}(4)", "7")
+    for command in WORDED.split():
+        assert_equal(rf"{command}{{42}}", "42")
+
+
+def test_tables_of_units():
+    """Each beside the base it is measured in; what counts several."""
+    for text, same in (
+        ("1 mm", "0.001 m"), ("1 cm", "0.01 m"), ("1 km", "1000 metres"), ("1 kg", "1000 g"),
+        ("1 inch", "0.0254 m"), ("1 in", "2.54 cm"), ("1 foot", "12 inches"), ("1 ft", "0.3048 m"),
+        ("1 yd", "3 feet"), ("1 yard", "0.9144 m"), ("1 mile", "1609.344 m"), ("1 mi", "1760 yd"),
+        ("1 lb", "453.59237 g"), ("1 pound", "0.45359237 kg"), ("1 ml", "0.001 L"),
+        ("1 liter", "1000 mL"), ("1 litre", "1 l"), ("1 hour", "3600 s"), ("1 hr", "60 min"),
+        ("1 sec", "1 second"), ("1 day", "24 h"), ("1 week", "7 days"), ("100 cents", "1 dollar"),
+        ("2 usd", r"\$2"), ("1 kilometer", "1000 meters"), ("1 centimeter", "0.01 m"),
+        ("1 millimeter", "0.001 m"), ("1 megawatt", "1000 kilowatts"), ("1 MW", "10^6 W"),
+        ("1 kJ", "1000 J"), ("1 mA", "0.001 A"), ("1 yr", "1 year"), ("1 mole", "1 mol"),
+        ("60 mph", "1 mi/min"), ("5 dozen", "60"), ("3 hundred", "300"), ("2 thousand", "2000"),
+        ("2 million", "2000000"), ("2 billion", "2000000000"),
+    ):  # fmt: skip
+        assert_equal(text, same)
+        assert_different("1" + text, same)
+
+
+NAMED = r"""\alpha \beta \gamma \delta \varepsilon \zeta \eta \theta \vartheta \iota \kappa
+    \lambda \mu \nu \xi \rho \sigma \tau \varphi \chi \psi \omega \pi \Gamma \Delta \Theta
+    \Lambda \Xi \Pi \Sigma \Phi \Psi \Omega \ell \hbar \partial \nabla \odot x Q \angle{A}
+    \triangle{ABC} \overline{AB} \bar{x} \overrightarrow{AB} \dot{x} \ddot{x}
+    \overleftarrow{AB}"""
+
+
+def test_functions_and_letters():
+    """Each function at a place where its value is known; each letter in two orders."""
+    for text, same in (
+        (r"\sin 60\deg", r"\sqrt3/2"), (r"\cos 60\deg", "1/2"), (r"\tan 60\deg", r"\sqrt3"),
+        (r"\cot 60\deg", r"1/\sqrt3"), (r"\sec 60\deg", "2"), (r"\csc 30\deg", "2"),
+        (r"\arcsin\frac12", r"\pi/6"), (r"\arccos\frac12", r"\pi/3"), (r"\arctan 1", r"\pi/4"),
+        (r"\arccot\sqrt3", r"\pi/6"), (r"\arcsec 2", r"\pi/3"), (r"\arccsc 2", r"\pi/6"),
+        ("asin(1)", r"\pi/2"), ("acos(0)", r"\pi/2"), ("atan(1)", r"\pi/4"),
+        (r"\sinh(\ln 2)", "3/4"), (r"\cosh(\ln 2)", "5/4"), (r"\tanh(\ln 2)", "3/5"),
+        (r"\ln(e^2)", "2"), (r"\lg 100", "2"), (r"\log_9 3", "1/2"), (r"\exp(2)", "e^2"),
+        ("sqrt(9)", "3"), ("cbrt(-8)", "-2"), ("abs(-3)", "3"), ("floor(-2.5)", "-3"),
+        ("ceil(-2.5)", "-2"), (r"\gcd(12,18)", "6"), ("lcm(4,6)", "12"), (r"\max(2,3)", "3"),
+        (r"\min(2,3)", "2"), (r"\operatorname{cis}(\pi)", "-1"), ("2pi", r"2\pi"),
+        ("(2,inf)", "x>2"), ("(2,infty)", "x>2"), ("(2,infinity)", "x>2"), ("2theta", r"2\theta"),
+        ("2alpha", r"2\alpha"), ("2beta", r"2\beta"), ("2gamma", r"2\gamma"),
+        ("2lambda", r"2\lambda"), (r"\det\begin{pmatrix}1&2\\3&4\end{pmatrix}", "-2"),
+    ):  # fmt: skip
+        assert_equal(text, same)
+    for letter in NAMED.split():
+        assert_equal(f"{letter}+1", f"1+{letter}")
+        assert_different(f"{letter}+1", f"2+{letter}")
