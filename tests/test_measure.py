@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -226,6 +227,7 @@ def test_scores_are_summed_by_task(monkeypatch, sampled):
     collate = measure.collate
 
     def recording(rows, pad_id):
+        assert not torch.is_grad_enabled()
         forwards.append([len(row.ids) for row in rows])
         return collate(rows, pad_id)
 
@@ -411,6 +413,27 @@ def test_adaptation_stops_where_all_ranks_agree(monkeypatch):
             assert sum(k == 3 for k, *_ in calls) == tasks
             assert next(asked) == asked_before + 1
         assert evaluated(monkeypatch, world)[0] is not None
+
+
+def test_what_an_evaluation_is_made_of(monkeypatch):
+    """Sums over all ranks; other support rows with another seed; prompts of more tokens than fit
+    are none."""
+    monkeypatch.setattr(measure.dist, "all_reduce", lambda sums: sums.mul_(3))
+    world, adaptation = World(torch.device("cpu")), measure.adaptation
+    result, _, draws = evaluated(monkeypatch, world, tasks="t")
+    assert result["t"]["loss_before"] == pytest.approx(3 * 3 / 15)
+    assert result["t"]["accuracy_after"] == 3
+    assert result["t"]["accuracy_in_context"] == pytest.approx(3 / 2)
+    for changes in ({"seed": 8}, {"max_length": 39}):
+        monkeypatch.setattr(
+            measure,
+            "adaptation",
+            lambda *args, changes=changes, **options: adaptation(*args, **options | changes),
+        )
+        result, calls, others = evaluated(monkeypatch, world, tasks="t")
+        assert (others != draws) == ("seed" in changes)
+        assert ("accuracy_in_context" in result["t"]) == ("seed" in changes)
+        assert len(calls) == (5 if "seed" in changes else 4)
 
 
 RESULT = {
@@ -699,6 +722,23 @@ def test_bootstrap_of_many_values():
     assert measure.bootstrap(values) == (low, high)
     assert measure.bootstrap(values, seed=1) != (low, high)
     assert measure.bootstrap([0.5]) == (0.5, 0.5)
+
+
+def test_draws_of_the_bootstrap(monkeypatch):
+    """4,000 of as many values as there are."""
+    drawn = []
+
+    def generator(seed):
+        def integers(low, high, shape):
+            drawn.append((low, high, *shape))
+            return np.zeros(shape, dtype=int)
+
+        return types.SimpleNamespace(integers=integers)
+
+    monkeypatch.setattr(measure.np.random, "default_rng", generator)
+    assert measure.bootstrap([7.0, 1.0, 2.0]) == (7.0, 7.0)
+    assert {(low, high, count) for low, high, _, count in drawn} == {(0, 3, 3)}
+    assert sum(draws for _, _, draws, _ in drawn) == 4000
 
 
 def test_exact_p_values():

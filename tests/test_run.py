@@ -32,6 +32,7 @@ from run import (
     Log,
     ModelCheckpoint,
     Run,
+    Stop,
     checkpoint_reason,
     checkpoints,
     run_folder,
@@ -383,6 +384,7 @@ def test_run_folders_are_numbered(tmp_path, process_group):
     assert record["command"] == sys.argv
     assert record["ranks"] == 1
     assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"].keys() == {"python", "torch", "transformers"}
     assert re.fullmatch("run-2-[0-9a-f]{8}", record["id"])
     (tmp_path / "empty").mkdir()
     assert run_folder(str(tmp_path / "empty"), settings, False, set(), 0).name == "empty"
@@ -426,6 +428,82 @@ def test_checkpoints_on_disk(tmp_path, process_group):
     assert extra == {"step": 10, "own": [1.5]}
     assert not list(tmp_path.glob("*.tmp"))
     assert (tmp_path / "step-000001").exists()
+
+
+def test_a_checkpoint_that_was_not_renamed(tmp_path):
+    """A kill may come when all of it is written."""
+    (tmp_path / "step-000004.tmp" / "state").mkdir(parents=True)
+    (tmp_path / "step-000004.tmp" / "state" / "extra.json").write_text("{}")
+    assert checkpoints(tmp_path) == []
+
+
+def test_checkpoints_in_the_order_of_their_steps(tmp_path, monkeypatch):
+    """However the file system lists them."""
+    folders = [tmp_path / f"step-{step:06d}" for step in (20, 3, 100, 4)]
+    for folder in folders:
+        (folder / "state").mkdir(parents=True)
+        (folder / "state" / "extra.json").write_text("{}")
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(folders))
+    assert checkpoints(tmp_path) == [folders[i] for i in (1, 3, 0, 2)]
+
+
+def test_a_link_that_was_not_renamed(tmp_path, process_group):
+    (tmp_path / "checkpoint.tmp").symlink_to("step-000001")
+    save_checkpoint(tmp_path / "checkpoint", lambda _: None, {"step": 2}, keep=1)
+    assert os.readlink(tmp_path / "checkpoint") == "step-000002"
+
+
+def test_ranks_write_a_checkpoint_together(tmp_path, monkeypatch):
+    """All of them write, between the making of the folder and its renaming, on which they wait;
+    the other files are of rank 0."""
+    seen = []
+    monkeypatch.setattr(
+        run_module.dist, "barrier", lambda: seen.append(sorted(p.name for p in tmp_path.iterdir()))
+    )
+    for rank, before, after in (
+        (1, [], ["of rank 1"]),
+        (0, ["step-000002.tmp"], ["checkpoint", "of rank 0", "step-000002"]),
+    ):
+        monkeypatch.setattr(run_module.dist, "get_rank", lambda rank=rank: rank)
+        seen.clear()
+
+        def write(folder: Path, rank=rank) -> None:
+            assert folder == tmp_path / "step-000002.tmp"
+            assert len(seen) == 1
+            (tmp_path / f"of rank {rank}").write_text("")
+
+        save_checkpoint(tmp_path / "checkpoint", write, {"step": 2}, keep=1)
+        assert seen == [before, after]
+        (tmp_path / f"of rank {rank}").unlink()
+
+
+def test_other_ranks_take_the_folder_of_rank_0(tmp_path, monkeypatch):
+    """They make none; what is wrong is raised on all of them."""
+
+    def broadcast(answer: list, source: int) -> None:
+        assert (answer, source) == ([None], 0)
+        answer[0] = from_rank_0
+
+    monkeypatch.setattr(run_module.dist, "broadcast_object_list", broadcast)
+    from_rank_0 = str(tmp_path / "run-2")
+    assert run_folder(str(tmp_path / "run"), {}, False, set(), 1) == tmp_path / "run-2"
+    from_rank_0 = ModelError("no")
+    with pytest.raises(ModelError, match="no"):
+        run_folder(str(tmp_path / "run"), {}, False, set(), 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_at_home(tmp_path, monkeypatch, process_group):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = [run_folder("~/run", {}, False, set(), 0) for _ in range(2)]
+    assert found == [tmp_path / "run", tmp_path / "run-2"]
+
+
+def test_dtype_of_a_checkpoint(monkeypatch):
+    """What others load: bfloat16 from a GPU."""
+    for there, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert ModelCheckpoint(None, None, None).dtype == dtype
 
 
 def test_reasons_of_checkpoints():
@@ -722,6 +800,98 @@ def test_warnings_are_said_once(capsys):
     assert capsys.readouterr().out == "warning: one\nwarning: two\n"
 
 
+def test_ranks_read_the_log_before_it_is_cut(tmp_path, monkeypatch):
+    """They wait for each other between the two, and until it is cut."""
+    file, seen = tmp_path / "evaluations.jsonl", []
+    file.write_text('{"step": 1, "tasks": {}}\n{"step": 3, "tasks": {}}\n')
+    monkeypatch.setattr(
+        run_module.dist, "barrier", lambda: seen.append(file.read_text().count("\n"))
+    )
+    Log("script", {"wandb": False}, tmp_path, True, 2)
+    assert seen == [2, 1]
+
+
+def test_what_weights_and_biases_are_told(tmp_path, monkeypatch, process_group):
+    """A run of an older version has no id: its name."""
+    asked = []
+    wandb = types.SimpleNamespace(init=lambda **settings: asked.append(settings))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    settings, folder = {"wandb": True, "lr": 0.5}, tmp_path / "r"
+    folder.mkdir()
+    for record, name in (({"id": "r-12"}, "r-12"), ({}, "r")):
+        (folder / "args.json").write_text(json.dumps(record))
+        Log("script", settings, folder, True, 0)
+        Log("script", settings, folder, False, 0)  # not rank 0
+        assert asked.pop() == {
+            "project": "script", "name": "r", "id": name, "resume": "allow", "config": settings,
+            "dir": folder,
+        }  # fmt: skip
+        assert not asked
+
+
+def test_a_stop_of_another_rank(monkeypatch):
+    """One rank is enough."""
+    stop, operations = Stop.__new__(Stop), []
+    stop.world, stop.requested = World(torch.device("cpu")), False
+
+    def reduced(flag, operation):
+        operations.append(operation)
+        flag.fill_(of_all_ranks)
+
+    monkeypatch.setattr(run_module.dist, "all_reduce", reduced)
+    for of_all_ranks in (0.0, 1.0):
+        assert stop.agreed() == bool(of_all_ranks)
+    assert set(operations) <= {torch.distributed.ReduceOp.MAX, torch.distributed.ReduceOp.SUM}
+    assert not stop.is_requested()
+
+
+def test_end_of_a_run(begun, tmp_path, capsys, monkeypatch):
+    """Its seconds; the checkpoint is uploaded where that was asked for, by rank 0; the table is of
+    the first and of the last evaluation, in whatever order they came."""
+    uploaded = []
+    monkeypatch.setattr(
+        run_module, "push_to_hub", lambda *what: uploaded.append(what) or "https://hub/me/mine"
+    )
+    run, number = begun(push_to_hub="me/mine")
+    for step in (2, 5, 0):
+        run.evaluation(step, {"t": {"loss": float(step)}}, ())
+    train(run, number)
+    monkeypatch.setattr(time, "time", lambda: run.began + 65.2)
+    capsys.readouterr()
+    assert run.finish(lambda first, last: f"{first} {last}", "curves.png") == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[1] == "{'t': {'loss': 0.0}} {'t': {'loss': 5.0}}"
+    assert lines[3].startswith("65 s; ")
+    assert lines[4] == "uploaded to https://hub/me/mine"
+    assert uploaded == [(tmp_path / "r" / "checkpoint", "me/mine")]
+    run.world = World(torch.device("cpu"), rank=1, size=2)
+    assert run.finish(lambda *_: pytest.fail("a table"), "curves.png") == 0
+    assert len(uploaded) == 1
+    run.failed = "no"
+    assert run.finish(lambda *_: pytest.fail("a table"), "curves.png") == 1
+    assert capsys.readouterr() == ("", "")
+
+
+def test_only_rank_0_shows_a_bar(begun, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "run_folder", lambda *_: tmp_path)
+    for rank in (0, 1):
+        world = World(torch.device("cpu"), rank, 2)
+        run = Run("x", RunArgs("r"), world, set(), title="t", shows={}, advice="")
+        run.start(Number(), "p")
+        assert run.bar.disable == (rank == 1)
+        assert run.log_files.active == (rank == 0)
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_only_rank_0_writes_the_card(begun, tmp_path):
+    run, _ = begun()
+    for rank in (1, 0):
+        run.world, folder = World(torch.device("cpu"), rank, 2), tmp_path / str(rank)
+        folder.mkdir()
+        run._write(folder)
+        assert (folder / "README.md").exists() == (rank == 0)
+
+
 def test_only_rank_0_writes_the_log(tmp_path, process_group):
     (tmp_path / "evaluations.jsonl").write_text('{"step": 1, "tasks": {"t": 5}}\n{"step": 3}\n')
     log = Log("script", {"wandb": False}, tmp_path, False, 2)
@@ -799,11 +969,15 @@ def test_verdicts_of_a_dry_run(capsys, monkeypatch):
     def refuses(args, world):
         raise DataError("no rows")
 
+    def cannot(args, world):
+        raise ModelError("no weights")
+
     for of_ranks, examine, status, said in (
         ([], lambda *_: [], 0, "ready\n"),
         (["sum"], lambda *_: [], 1, "cannot finish: sum\n"),
         (["sum"], lambda *_: ["a", "b"], 1, "sum\ncannot finish: a\ncannot finish: b\n"),
         ([], refuses, 1, "cannot finish: no rows\n"),
+        (["sum"], cannot, 1, "cannot finish: sum\ncannot finish: no weights\n"),
     ):
         monkeypatch.setattr(run_module, "check_ranks", lambda _, found=of_ranks: list(found))
         assert run_module.dry_run(None, world, examine) == status
