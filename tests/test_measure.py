@@ -301,6 +301,7 @@ class Phases:
     def score(
         self, model, items, tokens, tokenizer, max_new_tokens, sums, interrupted, losses=True
     ):
+        assert sums.dtype == torch.float64
         self.calls.append((self.steps, [example.id for _, example in items], losses))
         for i, example in items:
             number = int(example.id[1:])
