@@ -1124,6 +1124,8 @@ class Parser:
         t = self.peek()
         if self.kind() != "op":
             return self.kind() in ("num", "letter", "fun")
+        if t == "[" and self.peek(1) in ("", ",", ")", *SET_SIGNS):  # the end of [1, 2[
+            return False
         return t in STARTS or (t == "|" and not self.bars) or t.startswith(r"\begin")
 
     def power(self):
