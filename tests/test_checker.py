@@ -1300,6 +1300,7 @@ SPELLINGS = [  # every sign and command beside another way to write what it mean
 SILENT = r"""\displaystyle \textstyle \rm \bf \it \large \Large \LARGE \huge \Huge \small \quad
     \qquad \, \; \: \! \boxed \fbox \underline \boldsymbol \bm \mathcal \mathfrak \mathscr \mathsf
     \therefore \left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr"""
+UNREAD = "is so we it to of by be he an at do if no as us my up was has not yes are the for"
 WORDED = r"\text \textbf \textit \textnormal \textrm \textsf \texttt \mbox \hbox \mathrm \mathbf"
 
 
@@ -1313,7 +1314,25 @@ def test_spellings():
     for command in SILENT.split():
         assert_equal(rf"3+{command}(4)", "7")
     for command in WORDED.split():
-        assert_equal(rf"{command}{{42}}", "42")
+        assert_equal(rf"3+{command}{{4}}", "7")
+    for mark in (r"\vec", r"\hat", r"\tilde"):  # of a letter, of a segment
+        assert_equal(rf"{mark}{{v}}+1", "1+v")
+        assert_different(rf"{mark}{{AB}}", "AB")
+    for factor, product in (
+        ("(3)", "6"), ("[3]", "6"), ("{3}", "6"), (r"\frac21", "4"), (r"\sqrt9", "6"),
+        (r"\binom52", "20"), (r"\lfloor3.5\rfloor", "6"), (r"\lceil3.5\rceil", "8"), ("|-3|", "6"),
+        (r"\sum_{k=1}^3 k", "12"), (r"\prod_{k=1}^3 k", "12"), (r"\int_0^1 2x\,dx", "2"),
+        (r"\bar{x}", r"\bar{x}+\bar{x}"), (r"\angle A", r"\angle A+\angle A"),
+    ):  # fmt: skip
+        assert_equal(f"2{factor}", product)
+    assert_equal("[1,2[", "[1,2)")
+    assert_equal("]1,2[", "(1,2)")
+    assert_equal("(1,2]", "]1,2]")
+    assert_equal(r"[1,2[\cup]3,4[", r"[1,2)\cup(3,4)")
+    assert_different("[1,2[", "[1,2]")
+    assert checker.clean(r"x_1\approx 3") == "x_1= 3"
+    for word in UNREAD.split():
+        assert is_limit(checker.parse, word), word
 
 
 def test_tables_of_units():
