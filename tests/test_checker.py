@@ -1382,3 +1382,22 @@ def test_functions_and_letters():
     for letter in NAMED.split():
         assert_equal(f"{letter}+1", f"1+{letter}")
         assert_different(f"{letter}+1", f"2+{letter}")
+
+
+def test_second_looks():
+    """What holds beyond the first of something."""
+    parts = [(0, 1, "a"), (4, 5, "b"), (10, 11, "c")]
+    assert checker._joined("x : y and z", parts) == [(0, 1, "a"), (4, 11, "b, c")]
+    import sympy
+
+    pairs = [(p["n"], p["k"]) for p in checker.points([sympy.Symbol("n") + sympy.Symbol("k")])]
+    assert pairs[4] == (5, 1 + 31 % 5)
+    assert pairs[7] == (1 + 52 % 8, 8)  # every fourth time k leads
+    for text, same, other in (
+        ("9:05", "9:05 PM", "9:06 PM"),
+        ("9:15 AM", "9:15 a.m.", "9:15 p.m."),
+        ("x", "x+e^{-500}", "x+e^{-200}"),
+        ("x", "x", "x+10^{-30}"),
+    ):
+        assert_equal(text, same)
+        assert_different(text, other)
