@@ -1974,10 +1974,14 @@ class Same:
         if a[0] == b[0] == "rel":
             if a[1] == b[1] and self.rows(a[2:], b[2:]):
                 return True
-            if not name(a[2]) and not name(a[3]):
+            bounded = [name(x[2]) or name(x[3]) for x in (a, b)]  # like x < 5
+            if not all(bounded):
                 turned = [x[3:1:-1] if x[1][0][0] == ">" else x[2:] for x in (a, b)]
                 strict = {x[1][0].lstrip("<>") for x in (a, b)}
-                return len(strict) == 1 and self.proportional(*turned, signed=True)
+                if len(strict) == 1 and self.proportional(*turned, signed=True):
+                    return True
+                if not any(bounded):
+                    return False
         subjects = [unknowns(t) for t in (a, b)]
         if a[0] == b[0] in ("cap", "union") and self.unordered(parts(a), parts(b), self):
             return True
