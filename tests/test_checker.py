@@ -1401,3 +1401,21 @@ def test_second_looks():
     ):
         assert_equal(text, same)
         assert_different(text, other)
+
+
+def test_inequalities_either_way_round():
+    """One that bounds a letter beside one that does not."""
+    for bound, same, other in (
+        ("x<y", "x+1<y+1", "x+1<y"),
+        ("x<2y", "x<y+y", "x<y"),
+        ("x<2", "x^3<8", "x^3<8.1"),
+        (r"x\ge2", r"x^3\ge8", "x^3>8"),
+        ("1<x<2", "2<2x<4", "2<2x<5"),
+        ("-x<y+1", "x+1>-y", "x+1<-y"),
+        ("x<2", "2x<4", r"2x\le4"),
+    ):
+        assert_equal(bound, same)
+        assert_different(bound, other)
+    assert_different("x^2<4", "x^2<4.1")
+    assert_equal("20°C", "20")
+    assert_different("20°C", "20°F")
