@@ -650,6 +650,87 @@ def test_given_answers_of_a_row():
     assert given_answer({"answer": "5"}, Columns("problem", "solution")) == "5"
 
 
+# As docs/data.md lists them
+PROMPT_COLUMNS = ["prompt", "problem", "question", "query", "instruction", "input"]
+RESPONSE_COLUMNS = [
+    "response", "solution", "target", "completion", "output", "generated_solution",
+    "r1_solution_1", "extra_info.answer",
+]  # fmt: skip
+ANSWER_COLUMNS = [
+    "answer", "final_answer", "expected_answer", "ground_truth", "reward_model.ground_truth",
+]  # fmt: skip
+
+
+def row_with(names: list[str]) -> dict:
+    """A row with these columns; a point stands before a field of a column."""
+    row = {}
+    for i, name in enumerate(names):
+        column, _, field = name.partition(".")
+        row[column] = {field: str(i)} if field else str(i)
+    return row
+
+
+def test_order_of_the_columns():
+    """Each name is one, and goes before all that follow in the documentation."""
+    for i in range(len(PROMPT_COLUMNS)):
+        there = row_with(PROMPT_COLUMNS[i:][::-1])
+        assert find_columns(there).prompt == PROMPT_COLUMNS[i]
+    for i in range(len(RESPONSE_COLUMNS)):
+        there = row_with(RESPONSE_COLUMNS[i:][::-1])
+        assert find_columns(there).response == RESPONSE_COLUMNS[i]
+    columns = Columns("problem", "solution")
+    for i in range(len(ANSWER_COLUMNS)):
+        there = row_with(ANSWER_COLUMNS[i:])
+        assert given_answer(there, columns) == "0", ANSWER_COLUMNS[i]
+    both = {"conversations": 1, "messages": 2}
+    assert find_columns(both) == Columns("messages", "messages")
+    assert find_columns({"conversations": 1}) == Columns("conversations", "conversations")
+
+
+def test_turns_that_are_none_spoil_a_conversation():
+    """What stands between may matter: nothing is left out but system prompts."""
+    user, reply = ("user", "1 + 1?"), ("assistant", "2")
+    for turns in (
+        talk(("robot", "x"), user, reply),
+        talk(user, ("tool", "x"), user, reply),
+        talk(("user", " "), user, reply),
+        [None, *talk(user, reply)],
+        [*talk(user), "x", *talk(reply)],
+        talk(user, ("user", [{"type": "image"}]), reply),
+    ):
+        assert texts_of({"messages": turns}, Columns("messages", "messages")) is None
+    assert given_answer({"answer": float("inf"), "final_answer": "3"}, Columns("a", "b")) == "3"
+
+
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    """Also where a program reads rows without asking for a folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_lines(tmp_path / "a.jsonl", [{"a": 1}])
+    assert read_rows("~/a.jsonl") == [{"a": 1}]
+
+
+def test_names_above_the_data_do_not_count(tmp_path):
+    """A folder or file that is asked for by name may itself be called test; what lies in it is told
+    apart all the same, in the order of its names."""
+    row = {"problem": "p", "solution": "s"}
+    folder = tmp_path / "test"
+    folder.mkdir()
+    names = [f"{word}.json" for word in ("b", "test-1", "a", "d", "c", "f", "e")]
+    for name in [*names, "cache-x.json"]:
+        write_json(folder / name, [row])
+    assert tables_of(folder) == [
+        (name, name == "test-1.json", 1) for name in sorted([*names, "cache-x.json"])
+    ]
+    below = tmp_path / "few_shot_eval"
+    for name in names:
+        (below / "x").mkdir(parents=True, exist_ok=True)
+        write_json(below / "x" / name, [row])
+    assert tables_of(below) == [(f"x/{name}", name == "test-1.json", 1) for name in sorted(names)]
+    alone = write_json(tmp_path / "test.json", {"train": [row] * 2, "test": [row]})
+    splits = [(is_test, len(rows)) for _, is_test, rows in local_tables(str(alone))]
+    assert splits == [(False, 2), (True, 1)]
+
+
 # --------------------------------------------------------------------------------------------------
 # Answers, repeated problems, tasks that collide
 
