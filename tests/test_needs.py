@@ -257,6 +257,16 @@ def test_needs_without_answers():
         assert needs.evaluation == evaluation_of(4, 0, answers=0)
 
 
+@pytest.mark.parametrize("script", [fomaml, meta_lora])
+def test_needs_of_long_answers(script):
+    """Of 8,192 tokens, 2^29 bytes of keys and values each in fp32: 16 rows fill 8 GB; in bf16
+    twice as many do."""
+    longest = {"row": Encoded([0] * 2048, 100)}
+    args = script.Args(eval_max_new_tokens=6144)
+    for world in (World(CPU), gpus(1)):
+        assert script.needs(args, LLAMA_1B, world, longest).evaluation["cache"] == 2**33
+
+
 def test_needs_of_meta_lora():
     """The frozen base and all tasks of a rank; adapters keep 52 hidden sizes a layer and token."""
     settings = {"support_batch": 6, "query_batch": 4, "eval_max_new_tokens": 5}
