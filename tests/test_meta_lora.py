@@ -1,19 +1,32 @@
 """meta_lora.py and lora.py: both stages against independent computations; files; ranks; time."""
 
+import inspect
 import json
 import math
 import pickle
+import random
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 import bench
 import meta_lora
 import plots
-from data import DataError, Encoded, Example, Task, response_tokens, sample_episode
+import run
+from data import (
+    DataError,
+    Encoded,
+    Example,
+    Task,
+    draw_support,
+    response_tokens,
+    sample_episode,
+)
 from lora import (
     AdapterCheckpoint,
     Adapters,
@@ -24,9 +37,10 @@ from lora import (
     write_adapter,
     write_merged,
 )
-from model import ModelError, World, load_config, load_weights, skeleton
+from model import ModelError, World, layers_to_shard, load_config, load_weights, skeleton
 from tests.helpers import (
     META_RUN,
+    ROOT,
     all_rows,
     assert_same_weights,
     chunks,
@@ -43,6 +57,7 @@ from tests.helpers import (
 )
 
 NEEDS_PEFT = "peft is not installed; .ci/run installs it for this test"
+CPU = torch.device("cpu")
 TARGETS = meta_lora.Args().target_modules
 
 
@@ -491,6 +506,84 @@ def test_checkpoint_of_an_adapter(beside, tmp_path, process_group):
         checkpoint.read(tmp_path)
 
 
+def test_dropout_beside_a_gpu_is_torchs(monkeypatch):
+    """On other devices than a CPU the library draws, in training alone."""
+    asked = []
+    monkeypatch.setattr("lora.F.dropout", lambda x, *args: asked.append(args) or x)
+    x = torch.empty(3, device="meta")
+    assert dropout(x, 0.25) is x
+    assert dropout(x, 0.0) is x
+    assert asked == [(0.25, True), (0.0, False)]
+
+
+def test_an_adapter_beside_half_precision():
+    """The base in bf16, the adapter in fp32, of one task or two: bf16 goes on, and only x and A are
+    rounded to it."""
+    model = small_llama(torch.bfloat16).requires_grad_(False)
+    adapters = adapters_on(model, r=4, alpha=4)
+    generator = torch.Generator().manual_seed(0)
+    for p in adapters.phi:
+        p.copy_(torch.randn(p.shape, generator=generator))
+    layer = next(iter(adapters.layers.values()))
+    x = torch.randn(2, 5, 32, generator=generator).bfloat16()
+    A, B = adapters.phi[:2]
+    low = (x @ A.bfloat16().T).float()
+    expected = (torch.nn.functional.linear(x, layer.weight).float() + low @ B.T).bfloat16()
+    for tasks in (1, 2):
+        adapters.start(tasks)
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, expected, rtol=2**-6, atol=0.1)
+
+
+def test_merged_weights_are_rounded_once(tmp_path, small_model, process_group):
+    """bf16(W + scale B A), summed in fp32; layers without an adapter are as they were."""
+    from safetensors.torch import load_file
+
+    base = load_weights(str(small_model))
+    adapters = adapters_on(base, r=2, alpha=1, target_modules=("v_proj",))
+    for i, p in enumerate(adapters.phi):
+        p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    write_merged(tmp_path, base, adapters, load_config("tiny")[1], torch.bfloat16)
+    merged = load_file(tmp_path / "model.safetensors")
+    phi = iter(adapters.phi)
+    for name, p in base.named_parameters():
+        expected = p
+        if "v_proj" in name:
+            A, B = next(phi), next(phi)
+            expected = p + 0.5 * B @ A
+        assert torch.equal(merged[name], expected.bfloat16()), name
+    assert list(phi) == []
+
+
+def test_an_older_checkpoint_of_an_adapter(tmp_path, process_group):
+    """One that knows of nothing trained beside phi."""
+    (tmp_path / "state").mkdir()
+    adapters = adapters_on(small_llama(torch.float32))
+    checkpoint = AdapterCheckpoint(adapters, torch.optim.AdamW(adapters.phi), "base")
+    checkpoint.write(tmp_path)
+    saved = torch.load(tmp_path / "state" / "adapter.pt")
+    start = [p.clone() for p in adapters.phi]
+    del saved["beside"]
+    torch.save(saved, tmp_path / "state" / "adapter.pt")
+    for p in adapters.phi:
+        p.fill_(1.0)
+    checkpoint.read(tmp_path)
+    for p, q in zip(adapters.phi, start, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_rank_0_alone_writes(tmp_path, small_model, process_group, monkeypatch):
+    """Two that write one file spoil it."""
+    monkeypatch.setattr(dist, "get_rank", lambda *_: 1)
+    (tmp_path / "state").mkdir()
+    base = load_weights(str(small_model))
+    adapters = adapters_on(base)
+    AdapterCheckpoint(adapters, torch.optim.AdamW(adapters.phi), "base").write(tmp_path)
+    write_merged(tmp_path / "merged", base, adapters, load_config("tiny")[1], torch.float32)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
 # --------------------------------------------------------------------------------------------------
 # Losses and counts of a round
 
@@ -805,3 +898,392 @@ def test_rates_that_are_warned_of(small_model, sums, tmp_path, capsys, monkeypat
             f"warning: --{name}-lr 0.002 is a rate for the embedded models: a real one wants less "
             "than 0.002, or its weights are lost"
         ]
+
+
+# --------------------------------------------------------------------------------------------------
+# What is asked of the parts, with settings that are all other than their defaults
+
+
+def test_what_may_differ_on_resume():
+    """Nothing that changes the mathematics, the seed or the data."""
+    assert set(meta_lora.FREE) == {
+        "resume", "output_dir", "wandb", "push_to_hub", "save_every", "keep", "eval_every",
+        "eval_problems", "eval_tasks", "eval_max_new_tokens", "eval_curve", "gain_every",
+        "tasks_per_forward", "activation_checkpointing", "dry_run", "merge",
+    }  # fmt: skip
+
+
+# Flags, the values at the ends that are taken, and those just outside
+ENDS = [
+    ("lora_r inner_steps support_batch query_batch tasks_per_step steps keep save_every max_length",
+     (1, 10**9), (0, 10**9 + 1)),
+    ("eval_problems", (1, 10**9), (0, 10**9 + 1)),
+    ("shots eval_tasks eval_max_new_tokens gain_every tasks_per_forward",
+     (0, 10**9), (-1, 10**9 + 1)),
+    ("eval_every", (-1, 0, 10**9), (-2, 10**9 + 1)),
+    ("inner_lr outer_lr", (1e-9, 100.0), (0.0, -1.0, 100.1)),
+    ("alpha", (1e-9, 1e6), (0, 1e6 + 1)),
+    ("clip", (1e-9, 1e300), (0.0, math.inf, math.nan)),
+    ("inner_clip", (0.0, 1e300), (-1e-9, math.inf)),
+    ("reptile_epsilon", (1e-9, 10.0), (0.0, 10.1)),
+    ("weight_decay", (0.0, 10.0), (-1e-9, 10.1)),
+    ("warmup_ratio", (0.0, 1.0), (-1e-9, 1.0 + 1e-9)),
+    ("support_ratio query_ratio", (1e-9, 1.0), (0.0, 1.0 + 1e-9)),
+    ("betas", ((0.0, 0.999), (0.999, 0.0)), ((0.9, 1.0), (1.0, 0.9), (-0.1, 0.9))),
+    ("dropout", (0.0, 0.999), (-1e-9, 1.0)),
+    ("seed", (-8 * 10**18, 0, 8 * 10**18), (-(10**19), 10**19)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names,taken,refused", ENDS, ids=str)
+def test_ends_of_the_intervals(names, taken, refused):
+    small = {"shots": 0, "support_batch": 1, "tasks_per_step": 1}
+    for name in names.split():
+        for value in taken:
+            meta_lora.check(meta_lora.Args(**small | {name: value}), 1)
+        for value in refused:
+            with pytest.raises(DataError, match=f"--{name.replace('_', '-')} must be"):
+                meta_lora.check(meta_lora.Args(**small | {name: value}), 1)
+
+
+OTHERS = {
+    "model": "some/base", "data": "some.jsonl", "task_column": "topic", "heldout_subjects": ("x",),
+    "support_ratio": 0.2, "query_ratio": 0.6, "max_length": 99, "seed": 7, "lora_r": 5,
+    "alpha": 3, "dropout": 0.25, "target_modules": ("k_proj",), "rank_stabilised": True,
+    "inner_steps": 3, "shots": 11, "support_batch": 4, "query_batch": 6, "eval_tasks": 9,
+    "trust_remote_code": True,
+}  # fmt: skip
+
+
+def recorded(monkeypatch, results: dict) -> dict[str, tuple]:
+    """Replaces functions of meta_lora.py: what each is called with, by name, defaults too."""
+    calls = {}
+    for name, result in results.items():
+        signature = inspect.signature(getattr(meta_lora, name))
+
+        def stub(*args, signature=signature, name=name, result=result, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            calls.setdefault(name, []).append(bound.arguments)
+            return result
+
+        monkeypatch.setattr(meta_lora, name, stub)
+    return calls
+
+
+def test_what_is_prepared(monkeypatch, capsys):
+    """The targets are looked at, tasks are split and cut as asked for; the report is said."""
+    prepared = (["train"], ["test"], {"0": Encoded([0] * 9, 4)}, "what there is")
+    results = {
+        "load_config": ("config", "tokenizer"), "skeleton": "base", "check_targets": None,
+        "load_tasks": ["tasks"], "episode_tasks": prepared, "check_positions": None,
+    }  # fmt: skip
+    calls = recorded(monkeypatch, results)
+    world = World(torch.device("cpu"))
+    found = meta_lora.prepare(meta_lora.Args(**OTHERS), world)
+    assert found == ("config", "tokenizer", *prepared[:3])
+    assert capsys.readouterr().out == "what there is\n"
+    (asked,) = calls["load_config"]
+    assert asked == {"name": "some/base", "trust_remote_code": True}
+    (asked,) = calls["skeleton"]
+    assert (asked["config"], asked["trust_remote_code"]) == ("config", True)
+    assert calls["check_targets"] == [{"model": "base", "target_modules": ("k_proj",)}]
+    assert calls["load_tasks"] == [
+        {
+            "data": "some.jsonl", "task_column": "topic", "heldout": ("x",), "max_samples": 0,
+            "support_ratio": 0.2, "query_ratio": 0.6, "seed": 7,
+        }
+    ]  # fmt: skip
+    assert calls["episode_tasks"] == [
+        {
+            "tokenizer": "tokenizer", "tasks": ["tasks"], "max_length": 99, "steps": 3,
+            "support": 4, "query": 6, "evaluated": 9, "limit": "--max-length", "shots": 11,
+        }
+    ]  # fmt: skip
+
+
+def test_what_is_examined(monkeypatch, capsys):
+    """The tasks to train on and those held out; the bytes of this run, at its own folder."""
+    tokens, rows = {"0": Encoded([0] * 10, 4)}, [Example("", "", "", "", 0, "0")]
+    train = [Task("one", rows, rows, rows), Task("two", rows, rows, rows)]
+    heldout = [Task("three", rows, [], rows * 2, heldout=True)]
+    results = {
+        "prepare": ("config", None, train, heldout, tokens), "needs": "bytes", "check_space": [],
+    }  # fmt: skip
+    calls = recorded(monkeypatch, results)
+    args, world = meta_lora.Args(output_dir="elsewhere"), World(torch.device("cpu"))
+    assert meta_lora.examine(args, world) == []
+    (asked,) = calls["needs"]
+    assert asked == {"args": args, "config": "config", "world": world, "tokens": tokens}
+    (asked,) = calls["check_space"]
+    assert (asked["needs"], asked["output_dir"], asked["have"]) == ("bytes", "elsewhere", None)
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        "  one: 1 support, 1 query, 1 test",
+        "  two: 1 support, 1 query, 1 test",
+        "  three (held out): 1 support, 0 query, 2 test",
+    ]
+
+
+@pytest.mark.parametrize("device,rank", [("cpu", 0), ("cuda", 0), ("cuda", 1)])
+def test_what_is_built(device, rank, monkeypatch):
+    """bf16 on a GPU; rank 0 alone reads the weights; the head is looked at."""
+    base = small_llama(torch.float32)
+    calls = recorded(
+        monkeypatch,
+        {"load_weights": "source", "skeleton": base, "materialize": None, "check_head": None},
+    )
+    world = World(torch.device(device), rank=rank)
+    args = meta_lora.Args(**OTHERS, activation_checkpointing=device == "cuda")
+    assert meta_lora.build(args, "config", world) is base
+    dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}[device]
+    read = {"name": "some/base", "dtype": dtype, "trust_remote_code": True}
+    assert calls.get("load_weights", []) == [read] * (rank == 0)
+    (asked,) = calls["skeleton"]
+    assert (asked["config"], asked["dtype"]) == ("config", dtype)
+    assert asked["trust_remote_code"]
+    source = "source" if rank == 0 else None
+    assert calls["materialize"] == [{"model": base, "source": source, "device": world.device}]
+    assert calls["check_head"] == [{"model": base, "world": world}]
+    recomputed = {m.gradient_checkpointing for m in layers_to_shard(base)}
+    assert recomputed == {device == "cuda"}
+
+
+def test_the_adapter_is_as_asked_for():
+    model = small_llama(torch.float32)
+    adapters = meta_lora.add_adapters(meta_lora.Args(**OTHERS), model, World(torch.device("cpu")))
+    assert [name.split(".")[-1] for name in adapters.layers] == ["k_proj"] * 2
+    assert adapters.scale == pytest.approx(3 / math.sqrt(5))
+    assert adapters.dropout == 0.25
+    assert adapters.phi[0].shape == (5, 32)
+    same = adapters_on(small_llama(torch.float32), r=5, seed=7, target_modules=("k_proj",))
+    assert torch.equal(adapters.phi[0], same.phi[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop alone: small tasks, a small model, and groups of tasks whose gradient is given
+
+
+class Loop:
+    """meta_lora.main with what it reads replaced; what a step logs, and what each group saw.
+
+    gradient(step) is added to every number of the meta-gradient by each group. Of a task numbered
+    i the support loss is 10 + i, the query loss i, the one before adaptation i + 5.
+    """
+
+    def __init__(self, monkeypatch, folder: Path):
+        episodes, self.tokens = random_episodes(5, 8, 6)
+        self.tasks = [Task(e.task, e.support, e.query[2:], e.query[:2]) for e in episodes]
+        self.folder, self.logged, self.groups, self.reduced = folder, [], [], 1
+        self.gradient, self.losses, self.model = lambda step: 1.0, 0.0, small_llama(torch.float32)
+        loop = self
+        config, tokenizer = load_config("tiny")
+        prepared = (config, tokenizer, self.tasks, self.tasks[:2], self.tokens)
+        monkeypatch.setattr(meta_lora, "prepare", lambda *_: prepared)
+        monkeypatch.setattr(meta_lora, "build", lambda *_: loop.model.requires_grad_(False))
+        monkeypatch.setattr(plots, "figure", lambda *_: None)
+        log, all_reduce = run.Run.log, dist.all_reduce
+
+        def noted(self, step, metrics, tokens=0, flops_per_token=0):
+            loop.logged.append(metrics | {"tokens": tokens})
+            log(self, step, metrics, tokens, flops_per_token)
+
+        def summed(x, *op, **group):  # as if the other ranks had the same numbers
+            all_reduce(x, *op, **group)
+            if not op:
+                x.mul_(loop.reduced)
+
+        def group(learner, method, episodes, union=None):
+            seen = {
+                "method": method, "episodes": episodes, "union": union,
+                "dropout": learner.adapters.training, "seed": torch.initial_seed(),
+            }  # fmt: skip
+            loop.groups.append(seen)
+            learner.tokens_seen += 100
+            for g in learner.meta_gradient:
+                g.add_(loop.gradient(len(loop.logged)))
+            numbers = loop.numbers(episodes)
+            return numbers + 10 + loop.losses, numbers
+
+        def before(learner, episodes):
+            assert not learner.adapters.training
+            return loop.numbers(episodes) + 5
+
+        monkeypatch.setattr(run.Run, "log", noted)
+        monkeypatch.setattr(dist, "all_reduce", summed)
+        learner = meta_lora.AdapterLearner
+        monkeypatch.setattr(learner, "query_losses", before)
+        monkeypatch.setattr(learner, "fomaml", lambda self, e: group(self, "fomaml", e))
+        monkeypatch.setattr(learner, "reptile", lambda self, e: group(self, "reptile", e))
+        monkeypatch.setattr(learner, "joint", lambda self, u, e: group(self, "joint", e, u))
+
+    def numbers(self, episodes) -> torch.Tensor:
+        return torch.tensor([float(e.task.removeprefix("task")) for e in episodes])
+
+    def run(self, rank: int = 0, size: int = 1, **settings) -> int:
+        defaults = {
+            "steps": 1, "inner_steps": 3, "support_batch": 2, "query_batch": 3, "shots": 5,
+            "lora_r": 2, "target_modules": ("k_proj",), "tasks_per_step": 4, "eval_every": -1,
+            "clip": 1e9, "weight_decay": 0.0, "seed": 7, "output_dir": str(self.folder / "run"),
+        }  # fmt: skip
+        world = World(CPU, rank=rank, size=size, mesh=one_rank_mesh())
+        with pytest.MonkeyPatch.context() as patch:
+            if rank:  # which rank 0 tells the name of the folder
+                patch.setattr(run, "run_folder", lambda *_: self.folder)
+            return meta_lora.main(meta_lora.Args(**defaults | settings), world)
+
+    def episodes(self, step: int) -> list:
+        """Of all places of a round: six rows of five different ones."""
+        return [sample_episode(self.tasks, 7, step, place, 6, 3, 5) for place in range(4)]
+
+    def B(self) -> float:
+        """The one number of every B at the end, where it was 0 at the start."""
+        adapter = final_weights(self.folder / "run")
+        (value,) = torch.cat([w.flatten() for n, w in adapter.items() if "lora_B" in n]).unique()
+        return value.item()
+
+
+@pytest.fixture
+def loop(monkeypatch, tmp_path, process_group):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield Loop(monkeypatch, tmp_path)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "rank,together,places",
+    [(0, 0, [[0, 1]]), (1, 0, [[2, 3]]), (1, 1, [[2], [3]])],
+)
+def test_the_part_of_a_rank(rank, together, places, loop):
+    """Its places of the round, as many at a time as asked for, with dropout; sums over the ranks,
+    which here have the same numbers, and tokens of all of them."""
+    loop.reduced = 3
+    assert loop.run(rank, 2, tasks_per_forward=together) == 0
+    expected = loop.episodes(0)
+    assert [g["episodes"] for g in loop.groups] == [[expected[i] for i in p] for p in places]
+    assert all(g["dropout"] for g in loop.groups)
+    (row,) = loop.logged
+    for place, episode in enumerate(expected):
+        mine = 3.0 * (place // 2 == rank)
+        i = float(episode.task.removeprefix("task"))
+        assert row[f"{episode.task}/query_loss"] == mine * i
+        assert row[f"{episode.task}/support_loss"] == mine * (10 + i)
+        assert row[f"{episode.task}/adaptation_gain"] == mine * 5
+    size = 2 * 2 * (32 + 16)  # two layers k_proj of rank 2
+    assert row["meta/grad_norm"] == pytest.approx(3 * len(places) * math.sqrt(size))
+    assert row["tokens"] == len(places) * 100 * 2
+
+
+def test_dropout_of_a_round_is_its_own(loop):
+    """Another of every round, rank and seed; of a resumed round the same."""
+    found = []
+    for rank, seed in ((0, 7), (1, 7), (0, 8), (0, 7)):
+        loop.groups.clear()
+        loop.run(rank, 2, steps=3, seed=seed)
+        found.append([g["seed"] for g in loop.groups])
+    assert found[3] == found[0]
+    assert len({number for numbers in found[:3] for number in numbers}) == 9
+
+
+def test_a_joint_round_is_a_mean_over_all_ranks(loop):
+    """Over the tokens of every task's rows, also of those of other ranks."""
+    loop.run(1, 2, meta_gradient="joint")
+    (group,) = loop.groups
+    rows = [loop.tokens[e.id] for e in all_rows(loop.episodes(0))]
+    assert group["union"] == sum(len(row.ids) - row.prompt_length for row in rows)
+
+
+def test_reptiles_step_by_hand(loop):
+    """phi moves by epsilon times schedule times direction: 0.25 (1 + 1 + 1/2) x 1."""
+    assert loop.run(meta_gradient="reptile", steps=3, reptile_epsilon=0.25) == 0
+    assert {g["method"] for g in loop.groups} == {"reptile"}
+    assert loop.B() == pytest.approx(0.625)
+
+
+def test_stage_two_has_its_betas(loop):
+    """Two steps at rates 0.05 and 0.1 with gradients 1 and -2: with betas (1/2, 1/4) the second's
+    moments are -1 and 3.4."""
+    loop.gradient = lambda step: (1.0, -2.0)[step]
+    loop.run(steps=2, warmup_ratio=1.0, outer_lr=0.1, betas=(0.5, 0.25))
+    assert loop.B() == pytest.approx(-0.05 + 0.1 / math.sqrt(3.4), rel=1e-4)
+
+
+@pytest.mark.parametrize("what", ["gradient", "losses"])
+@pytest.mark.parametrize("method", ["fomaml", "reptile"])
+def test_a_round_that_is_not_finite(method, what, loop):
+    """phi stays, the round is counted."""
+    if what == "losses":
+        loop.losses = math.nan
+    else:
+        loop.gradient = lambda step: math.nan
+    assert loop.run(meta_gradient=method) == 0
+    assert loop.B() == 0
+    (row,) = logged(loop.folder / "run")
+    assert row["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_round_that_is_broken_off(stopped, loop):
+    """No further group of tasks, no step on half a gradient, no merged model."""
+
+    asked = [signal.SIGTERM] * stopped  # once: a second one ends the process
+
+    def gradient(step):
+        if asked:
+            signal.raise_signal(asked.pop())
+        return 1.0
+
+    loop.gradient = gradient
+    loop.model = load_weights("tiny")
+    assert loop.run(tasks_per_forward=1, merge=True) == 0
+    assert len(loop.groups) == (1 if stopped else 4)
+    assert len(loop.logged) == (0 if stopped else 1)
+    assert (loop.B() == 0) == stopped
+    assert (loop.folder / "run" / "merged").exists() != stopped
+
+
+@pytest.mark.parametrize("curve", [False, True])
+def test_what_is_evaluated(curve, loop, monkeypatch):
+    """With the flags' own numbers, at phi, with the seed's dropout; the curve at the first and the
+    last one alone."""
+    result = {"task0": {"loss_before": 2.0, "loss_after": 1.0, "problems": 2}}
+    seeds = []
+
+    def adaptation(*args, **asked):
+        seeds.append(torch.initial_seed())
+        calls.append((args, asked))
+        return result
+
+    calls = []
+    monkeypatch.setattr(meta_lora, "adaptation", adaptation)
+    settings = {"eval_every": 1, "max_length": 99, "eval_problems": 8, "eval_max_new_tokens": 6}
+    loop.run(steps=2, eval_curve=curve, **settings)
+    assert seeds == [7] * 3
+    assert [asked["curve"] for _, asked in calls] == ([3, 0, 3] if curve else [0] * 3)
+    for args, asked in calls:
+        assert args[:3] == (loop.model, loop.tasks[:2], loop.tokens)
+        names = ("max_length", "problems", "max_new_tokens", "seed")
+        assert [asked[name] for name in names] == [99, 8, 6, 7]
+        rows = asked["draw"](random.Random("x"), loop.tasks[0].support)
+        assert rows == draw_support(random.Random("x"), loop.tasks[0].support, 6, 5)
+    evaluations = logged(loop.folder / "run", "evaluations.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 1, 2]
+    assert evaluations[0]["mean"] == {"loss_before": 2.0, "loss_after": 1.0}
+
+
+def test_what_a_run_says_and_writes(loop, capsys):
+    """The sizes, the numbers beside the progress bar, where the base is."""
+    loop.model = load_weights("tiny")
+    assert loop.run(lora_r=8, target_modules=("q_proj", "down_proj")) == 0
+    said = capsys.readouterr()
+    base = sum(p.numel() for p in load_weights("tiny").parameters())
+    targets = [m for n, m in loop.model.named_modules() if n.endswith(("q_proj", "down_proj"))]
+    size = sum(8 * sum(m.weight.shape) for m in targets)
+    assert f"{size / 1e6:.2f}M adapter parameters on {len(targets)} layers" in said.out
+    assert f"of a base of {base / 1e6:.1f}M" in said.out
+    mean = loop.numbers(loop.episodes(0)).mean().item()
+    assert f"query={mean:.3f}, gain=5.000, tok_s=" in said.err
+    written = json.loads((loop.folder / "run" / "checkpoint" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(ROOT / "tiny" / "models" / "tiny")
+    assert written["r"] == 8
