@@ -157,6 +157,10 @@ def write_merged(folder: Path, model, adapters: Adapters, tokenizer, dtype: torc
         for i, layer in enumerate(adapters.layers):
             A, B = (p.detach().float().cpu() for p in adapters.phi[2 * i : 2 * i + 2])
             weights[f"{layer}.weight"] += adapters.scale * (B @ A)
+        head, words = model.get_output_embeddings(), model.get_input_embeddings()
+        if head in adapters.layers.values() and head.weight is words.weight:
+            for config in (model.config, model.config.get_text_config()):
+                config.tie_word_embeddings = False  # the head is no longer the words' table
         for name, w in weights.items():
             weights[name] = w.to(dtype) if w.is_floating_point() else w
         save_pretrained(folder, model, tokenizer, weights, dtype)

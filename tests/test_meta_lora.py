@@ -573,6 +573,25 @@ def test_an_older_checkpoint_of_an_adapter(tmp_path, process_group):
         assert torch.equal(p, q)
 
 
+def test_a_merged_head_is_a_table_of_its_own(tmp_path, small_model, process_group):
+    """Where head and words share one, the adapter of the head must not be lost, nor reach the
+    words."""
+    from transformers import AutoModelForCausalLM
+
+    base = load_weights(str(small_model)).eval()
+    assert base.lm_head.weight is base.get_input_embeddings().weight
+    adapters = adapters_on(base, target_modules=("lm_head",))
+    adapters.phi[1].copy_(torch.randn(adapters.phi[1].shape, generator=torch.Generator()))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    adapters.start(1)
+    with torch.no_grad():
+        expected = base(ids).logits
+        assert (expected - load_weights(str(small_model)).eval()(ids).logits).abs().max() > 0.1
+        write_merged(tmp_path, base, adapters, load_config("tiny")[1], torch.float32)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_rank_0_alone_writes(tmp_path, small_model, process_group, monkeypatch):
     """Two that write one file spoil it."""
     monkeypatch.setattr(dist, "get_rank", lambda *_: 1)
