@@ -7,6 +7,7 @@ import pickle
 import random
 import signal
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -727,6 +728,21 @@ def test_a_rounds_support_loss_is_the_last_steps(method):
     support, _ = getattr(learner, method)(episodes)
     torch.testing.assert_close(support, history[-1])
     assert (history[-1] - history[0]).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["reptile", "joint"])
+def test_parts_of_groups_add_up(method):
+    """Tasks one at a time make the round that all together make."""
+    episodes, tokens = random_episodes(3, 4, 2)
+    learner = lora_learner(small_llama(), tokens)
+    one_group = getattr(learner, method)
+    if method == "joint":
+        one_group = partial(one_group, learner.union_tokens(episodes))
+    whole, losses = meta_gradient(learner, one_group, episodes)
+    parts, same = meta_gradient(learner, one_group, episodes, together=1)
+    torch.testing.assert_close(losses, same)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", ["fomaml", "reptile", "joint"])
