@@ -1393,3 +1393,126 @@ def test_words_of_the_command_line(monkeypatch):
     assert name == "amft.py"
     assert args == args_of(task="virl")
     assert functions == [amft.check, amft.examine, amft.main]
+
+
+# --------------------------------------------------------------------------------------------------
+# Of several ranks, of an engine, and after the end
+
+
+def test_the_cosine_stays_at_its_end():
+    """A run that is taken further than --chord-steps."""
+    args = args_of(method="chord", chord_warmup=2, chord_steps=20, warmup_steps=3)
+    found = [amft.METHODS["chord"].mu(args, step, None) for step in (25, 26, 35, 45, 99)]
+    assert found == pytest.approx([0.05] * 5)
+
+
+def test_dynamic_sampling_waits_for_other_ranks():
+    """A rank without equal groups plays along, with nothing, as long as another has some."""
+    calls = []
+
+    def rollout(game, seeds, samples, key):
+        calls.append((list(seeds), key))
+        return [[Trajectory([turn_of(r)]) for r in (0.0, 1.0)] for _ in seeds]
+
+    actor, left = actor_of(rollout), [2, 1, 0, 0]
+    actor.world.sum = lambda count: [count + left.pop(0)]
+    found = amft.rollout(amft.Args(dynamic_sampling=4), actor, "game", [7, 8], 2, 5)
+    assert found == ([7, 8], found[1], 4)
+    assert calls == [([7, 8], 5), ([], "5/1"), ([], "5/2")]
+
+
+def test_needs_of_an_engine(sizes, monkeypatch):
+    """Each rank has a whole one, whatever the shards: in the GPU, even where the policy is in CPU
+    memory; its cache has --max-length and the response beside it."""
+    asked = []
+
+    def engine(config, *numbers):
+        asked.append(numbers)
+        return 77
+
+    monkeypatch.setattr(amft, "engine_bytes", engine)
+    world = World(torch.device("cuda"), rank=1, size=4)
+    flags = {"sampler": "vllm", "method": "rl", "generation_batch": 6, "max_length": 30}
+    flags |= {"max_new_tokens": 8}
+    engine = {"vLLM": 2000, "its cache": 77}
+    policy = {"weights": 1000, "Adam": 2000, "G and its clipped copy": 2000}
+    gathered_weights = {"gathered weights": 2000}
+    found = needed(world, **flags)
+    assert (found[0], found[1], found[3]) == (policy | engine, {}, gathered_weights)
+    found = needed(world, **flags, cpu_offload=True)
+    assert (found[0], found[1], found[3]) == (engine, policy, gathered_weights)
+    found = needed(world, **flags, vllm_sleep=True)
+    assert (found[0], found[1], found[3]) == (policy, {}, gathered_weights | engine)
+    assert asked == [(6, 10, 38, 2)] * 3
+
+
+def test_needs_at_the_edges(sizes):
+    """Copies of the weights need no gathering; rank 1 is an adapter too."""
+    found = needed(World(CPU, size=2, replicas=2), method="rl")
+    assert found[3]["gathered weights"] == 0
+    assert found[0]["weights"] == 4000
+    found = needed(World(CPU), lora_r=1)
+    assert found[0] == {
+        "frozen weights": 4000, "weights": 100, "Adam": 200, "G and its clipped copy": 200,
+        "D": 100,
+    }  # fmt: skip
+    assert found[2]["activations"] == 240
+    assert found[4] == 300
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_trust_in_a_models_code(trusted, monkeypatch):
+    """--trust-remote-code, and nothing else, goes to all that reads a model."""
+    told = []
+
+    def reads(answer):
+        def read(*args, trust_remote_code=None, **settings):
+            told.append(args[2] if len(args) == 3 else trust_remote_code)
+            return answer
+
+        return read
+
+    monkeypatch.setattr(amft, "load_readers", reads(("config", "tokenizer", "processor")))
+    monkeypatch.setattr(amft, "load_task", Recorder(("train", "shown", "v", "tests", "report")))
+    monkeypatch.setattr(amft, "longest_row", Recorder(7))
+    monkeypatch.setattr(amft, "skeleton", reads("base"))
+    monkeypatch.setattr(amft, "check_targets", Recorder(None))
+    monkeypatch.setattr(amft, "adapter_size", Recorder(50))
+    count = Recorder(1000)
+    monkeypatch.setattr(amft, "parameter_count", count)
+    for name in ("activation_bytes", "logit_bytes", "cache_bytes"):
+        monkeypatch.setattr(amft, name, Recorder(1))
+    args = args_of(model="m", lora_r=2, trust_remote_code=trusted)
+    amft.prepare(args, World(CPU))
+    amft.needs(args, "config", World(CPU), 10)
+    assert told == [trusted] * 3
+    assert count.calls == [(("config", trusted), {})]
+
+
+def test_engine_of_a_run(monkeypatch):
+    """The policy's model and adapters; in bf16 on a GPU alone."""
+    engines = []
+
+    class Engine:
+        def __init__(self, *args, **settings):
+            engines.append((args, settings))
+
+        def rest(self, *_):
+            pass
+
+        weights_changed = rest
+
+    monkeypatch.setattr(amft, "VllmSampler", Engine)
+    policy = Policy(small_llama(torch.float32), value_head=False)
+    policy.adapters = "adapters"
+    expected = {
+        "sequences": 7, "longest": 30, "max_length": 56, "eager": False, "sleeps": True,
+        "adapters": "adapters", "trust_remote_code": True,
+    }  # fmt: skip
+    settings = {"sampler": "vllm", "model": "m", "generation_batch": 7, "max_length": 50}
+    settings |= {"max_new_tokens": 6, "vllm_sleep": True, "trust_remote_code": True}
+    for cuda, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        optimizer = torch.optim.SGD(policy.parameters())
+        amft.vllm_engine(args_of(**settings), "config", policy, optimizer, longest=30)
+        assert engines.pop() == (("m", "config"), expected | {"dtype": dtype})
