@@ -2,10 +2,13 @@
 differences; runs of every method, of the games, on two ranks."""
 
 import copy
+import importlib.util
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import textwrap
 import types
 from dataclasses import replace
@@ -17,13 +20,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 import amft
 import plots
+import run
 from data import DataError
 from games.play import Actor, Trajectory, Turn, demonstrate
 from games.rules import own_function
 from learner import Pass, PolicyLearner, Row, Tokens, adamw, collate_rows
 from lora import Adapters
 from model import EMBEDDED, World, auto_class, load_config, load_processor, load_weights
-from policy import Policy
+from policy import Policy, Sample, sample
 from tests.helpers import (
     AMFT_RUN,
     ROOT,
@@ -1587,3 +1591,285 @@ def test_blocks_of_a_policy(small_model, process_group, monkeypatch):
             assert isinstance(how["offload_policy"], CPUOffloadPolicy) == offloads
             assert len(how["ignored_params"]) == beside
             assert how["mesh"].size() == 1
+
+
+def test_policy_on_gpus(small_model, process_group, monkeypatch):
+    """fp32 master weights with bf16 compute; a frozen base is bf16 itself. One GPU is sharded too,
+    for the casts; weights are read by rank 0 alone, and its head is checked."""
+    sharded, given, checked, added, trusted = [], [], [], [], []
+
+    def reads(name: str):
+        function = getattr(amft, name)
+
+        def read(*args, trust_remote_code=False):
+            trusted.append(trust_remote_code)
+            return function(*args)
+
+        monkeypatch.setattr(amft, name, read)
+
+    reads("load_weights")
+    reads("skeleton")
+    monkeypatch.setattr(amft, "fully_shard", lambda module, **how: sharded.append((module, how)))
+    monkeypatch.setattr(amft, "materialize", lambda *args: given.append(args))
+    monkeypatch.setattr(amft, "check_head", lambda *args: checked.append(args))
+    monkeypatch.setattr(amft, "add_adapters", lambda *args: added.append(args))
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for rank, settings, dtype, where in (
+        (0, {}, torch.float32, cuda),
+        (1, {"advantage": "gae"}, torch.float32, cuda),
+        (0, {"cpu_offload": True}, torch.float32, cpu),
+        (0, {"lora_r": 2, "trust_remote_code": True}, torch.bfloat16, cuda),
+    ):
+        sharded.clear()
+        trusted.clear()
+        world = World(cuda, rank=rank, mesh=one_rank_mesh())
+        policy, args = built(small_model, world, **settings)
+        assert [module for module, _ in sharded] == [*policy.lm.model.layers, policy]
+        assert all(how["mp_policy"] == mixed for _, how in sharded)
+        assert all(how["ignored_params"] == set() for _, how in sharded)
+        target, source, device = given.pop()
+        assert target is policy
+        assert device == where
+        assert (source is None) == (rank == 1)
+        assert {p.dtype for p in policy.lm.parameters()} == {dtype}
+        assert source is None or {p.dtype for p in source.lm.parameters()} == {dtype}
+        assert checked.pop() == (policy, world)
+        assert added == ([(args, policy, cuda)] if args.lora_r else [])
+        assert trusted == [args.trust_remote_code] * (1 if rank else 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is logged, and what other ranks add to it
+
+
+@pytest.mark.parametrize(
+    "method,options",
+    [
+        ("fixed", {}),
+        ("fixed", {"loss_aggregation": "sequence"}),
+        ("srft", {}),
+        ("hpt", {"hpt_sft": 0.3}),
+    ],
+    ids=str,
+)
+def test_logged_losses(method, options, process_group):
+    """The means themselves, not as mu weighs them, whether or not the step is differentiated."""
+    learner = amft_learner(small_llama(), method=method, **options)
+    own, shown = random_rows(7, 1), random_rows(3, 2, demonstration=True)
+    rl, sft = (own + shown, []) if method == "srft" else (own, shown)
+    plain = PlainLosses(learner, rl, sft)
+    for with_D in (False, True):
+        sums = learner.train_on(0.4, sft, rl, schedule=1.0, with_D=with_D).sums
+        assert sums["rl"] == pytest.approx(plain.rl_loss().item(), rel=1e-5)
+        assert sums["sft"] == pytest.approx(plain.sft_loss().item(), rel=1e-5)
+
+
+def test_means_are_of_all_ranks(process_group, monkeypatch):
+    """H and grad U where another rank has more tokens, and more samples of either half."""
+    learner, groups = amft_learner(small_llama()), groups_of_turns()
+    turns = [turn for group in groups for trajectory in group for turn in trajectory.turns]
+    count = sum(len(turn.ids) for turn in turns)
+    alone = learner.entropy(groups)
+    direction = [torch.ones_like(p) for p in learner.local_params]
+    slopes = [learner.grad_mu([group], direction)[0] * 2 for group in groups]  # of a half each
+    monkeypatch.setattr(World, "sum", lambda self, H, n: [H + 3.0, n + 5])
+    assert learner.entropy(groups) == pytest.approx((alone * count + 3) / (count + 5), rel=1e-9)
+    monkeypatch.setattr(World, "sum", lambda self, n: [n + 3])
+    # Samples: 2 and 2 of the even prompts and 3 of the odd one, and 3 of the other rank
+    first = (slopes[0] * 2 + slopes[2] * 2) / 7
+    second = slopes[1] * 3 / 6
+    found, noise = learner.grad_mu(groups, direction)
+    assert found == pytest.approx((first + second) / 2, rel=1e-5)
+    assert noise == pytest.approx(abs(first - second) / 2, rel=1e-5)
+
+
+def test_inner_products_are_exact(process_group):
+    """Where float32 would lose the small or overflow."""
+    learner = amft_learner(small_llama(torch.float32))
+    a = [torch.tensor([1e8, 1.0, -1e8]), torch.tensor([0.5])]
+    assert learner.dot(a, [torch.ones(3), torch.ones(1)]) == 1.5
+    huge = [torch.tensor([2e30])]
+    assert learner.dot(huge, huge) == pytest.approx(4e60, rel=1e-6)
+
+
+class TwoAlike(World):
+    """As if a second rank had the same numbers."""
+
+    def sum(self, *values: float) -> list[float]:
+        return [2 * x for x in super().sum(*values)]
+
+
+def test_counts_of_two_ranks(watched, small_model, tmp_path, monkeypatch):
+    """Samples and tokens are of all ranks; the means of the log are not doubled."""
+    setup = run.setup
+
+    def two(replicas: int) -> World:
+        world = setup(replicas)
+        return TwoAlike(world.device, mesh=world.mesh)
+
+    monkeypatch.setattr(run, "setup", two)
+    rows = watched.run(small_model, tmp_path / "r", *LEARNED, "--eval-every", "-1")
+    assert [row["samples/train"] for row in rows] == [0, 0, 24, 24, 24, 24]
+    assert [row["samples/validation"] for row in rows] == [0, 0, 30, 12, 0, 12]
+    of_games = iter(zip(watched.rollouts, watched.tokens, strict=True))
+    sampled = [tokens for (game, *_), tokens in of_games if game == "train"]
+    for i, row in enumerate(rows):
+        found = row["tokens_per_second/train"] * row["seconds/train"]
+        assert found == pytest.approx(2 * watched.rows[i])
+        found = row["tokens_per_second/rollout"] * row["seconds/rollout"]
+        assert found == pytest.approx(2 * sampled[i - 2] if i >= 2 else 0)
+        assert 0 < row.get("entropy", 1) < math.log(1000)
+        assert 0 <= row.get("reward/mean", 0) <= 1
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run is made of
+
+
+class Engine:
+    """vLLM's place: our own sampler, which says that each token had half its probability."""
+
+    made: list = []
+
+    def __init__(self, *args, **settings):
+        self.settings, self.calls, self.closed = settings, 0, 0
+        self.made.append(self)
+
+    def sample(self, *args, **settings) -> list[Sample]:
+        self.calls += 1
+        drawn = sample(*args, **settings)
+        return [s._replace(logprobs=[x - math.log(2) for x in s.logprobs]) for s in drawn]
+
+    def weights_changed(self, *_) -> None:
+        pass
+
+    def rest(self, *_) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("cap,weight", [(1.5, 1.5), (4.0, 2.0)])
+def test_a_run_with_an_engine(cap, weight, watched, small_model, tmp_path, monkeypatch):
+    """All samples are the engine's. pi / pi_engine is 2: it weighs every token, up to the cap, and
+    the ratio of the policy to itself is 1."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: name == "vllm" or real(name, *rest)
+    )
+    monkeypatch.setattr(amft, "VllmSampler", Engine)
+    Engine.made, samples, train_on = [], [], amft.PolicyLearner.train_on
+
+    def kept(learner, mu, sft, rl, *args, **settings):
+        samples.extend(rl)
+        return train_on(learner, mu, sft, rl, *args, **settings)
+
+    monkeypatch.setattr(amft.PolicyLearner, "train_on", kept)
+    flags = ["--sampler", "vllm", "--is-cap", cap, *LEARNED]
+    rows = watched.run(small_model, tmp_path / "r", *flags)
+    (engine,) = Engine.made
+    assert engine.closed == 1
+    plays = len(watched.rollouts) + 4 * 2  # and four evaluations: the test set, what is shown
+    assert engine.calls == plays
+    config, tokenizer = load_config(str(small_model))
+    args = amft.Args(max_new_tokens=8)
+    longest = amft.longest_row(args, config, tokenizer, None, Parity())
+    assert engine.settings["longest"] == longest
+    for row in rows[:2]:
+        assert not {"engine/kl", "engine/cut"} & row.keys()
+    for row in rows[2:]:
+        assert row["engine/kl"] == pytest.approx(1 - math.log(2), abs=1e-4)
+        assert row["engine/cut"] == (1 if cap < 2 else 0)
+        assert row["approx_kl"] == pytest.approx(0, abs=1e-5)
+        assert row["clip_fraction"] == 0
+    assert len(samples) == 4 * 12
+    for row in samples:
+        assert row.importance == pytest.approx([weight] * len(row.turn.ids), rel=1e-4)
+
+
+def test_what_plays_in_a_run(watched, small_model, tmp_path, monkeypatch):
+    """The actor's settings; evaluations play the tests, and show answers to validation prompts."""
+    actors, evaluations = [], []
+    actor, evaluate = amft.Actor, amft.evaluate
+
+    def made(*args, **settings):
+        actors.append((args, settings))
+        return actor(*args, **settings)
+
+    def evaluated(args, actor, tests, validation, step):
+        games = {name: (game.name, count) for name, (game, count) in tests.items()}
+        evaluations.append((games, validation.name, step))
+        return evaluate(args, actor, tests, validation, step)
+
+    monkeypatch.setattr(amft, "Actor", made)
+    monkeypatch.setattr(amft, "evaluate", evaluated)
+    flags = ["--method", "rl", "--steps", "1", "--eval-every", "0", "--generation-batch", "7"]
+    flags += ["--seed", "3", "--micro-batch", "5"]
+    watched.run(small_model, tmp_path / "r", *flags)
+    ((policy, lm, *_, processor, _), settings) = actors.pop()
+    assert policy.lm is lm
+    assert processor is None
+    assert settings.pop("stop").requested is False
+    expected = {"seed": 3, "max_new_tokens": 8, "batch_size": 7, "sampler": sample}
+    assert settings == expected
+    assert evaluations == [({"test": ("test", 2)}, "validation", step) for step in (0, 1)]
+
+
+def test_demonstrations_of_the_prompts_sampled(watched, small_model, tmp_path, monkeypatch):
+    """Also of those that have made way for others; what was drawn for it counts."""
+
+    def others(args, actor, game, seeds, samples, step):
+        seeds = [seed + 100 for seed in seeds]
+        return seeds, actor.rollout(game, seeds, samples, step), 99
+
+    monkeypatch.setattr(amft, "rollout", others)
+    rows = watched.run(small_model, tmp_path / "r", "--method", "fixed", "--steps", "2")
+    assert watched.shown == [("shown", seed) for seed in range(100, 108)]
+    assert [row["samples/train"] for row in rows] == [99, 99]
+
+
+def test_merged_at_the_end(watched, tmp_path, monkeypatch):
+    """Not where a signal has ended the run before; with the tokenizer. The adapter names its base
+    by a folder, as PEFT does not know the embedded models."""
+    train_on = amft.PolicyLearner.train_on
+
+    def stopped(learner, *args, **settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_on(learner, *args, **settings)
+
+    folder = tmp_path / "r"
+    flags = ["--method", "sft", "--steps", "2", "--lora-r", "2", "--merge"]
+    with monkeypatch.context() as patch:
+        patch.setattr(amft.PolicyLearner, "train_on", stopped)
+        assert len(watched.run("tiny_bare", folder, *flags)) == 1
+    assert not (folder / "merged").exists()
+    assert len(watched.run("tiny_bare", folder, *flags, "--resume")) == 2
+    _, tokenizer = load_config(str(folder / "merged"))
+    assert len(tokenizer) == len(load_config("tiny_bare")[1])
+    config = json.loads((folder / "checkpoint" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(EMBEDDED["tiny_bare"])
+    weights = load_file(folder / "merged" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+def test_filler_of_a_run_in_pictures(tmp_path, monkeypatch):
+    """A turn with its picture, as all ranks must call the vision part."""
+    learners = []
+
+    class Kept(amft.PolicyLearner):
+        def __init__(self, *args):
+            super().__init__(*args)
+            learners.append(self)
+
+    monkeypatch.setattr(amft, "PolicyLearner", Kept)
+    monkeypatch.setattr(plots, "figure", lambda *_: None)
+    flags = ["--task", "general_points", "--vision", "--method", "sft", "--steps", "1"]
+    flags += ["--prompts-per-step", "2", "--warmup-batch", "2", "--warmup-steps", "0"]
+    flags += ["--validation-prompts", "2", "--eval-every", "-1", "--show", "0"]
+    assert run_here(amft, *flags, "--output-dir", tmp_path / "r") == 0
+    filler = learners[0].filler
+    assert filler.inputs["pixel_values"].abs().sum() > 0
+    assert filler.finished
+    assert set(filler.old_logprobs) == {0.0}
