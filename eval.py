@@ -33,6 +33,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -590,6 +591,7 @@ def play_episodes(
                     args.batch_size,
                     args.temperature,
                     processor=processor,
+                    sampler=partial(sample, top_p=args.top_p),
                 )
             except IndexError:  # of a table of positions: prompts grow from turn to turn
                 raise ModelError(

@@ -1660,7 +1660,7 @@ def test_logged_losses(method, options, process_group):
     rl, sft = (own + shown, []) if method == "srft" else (own, shown)
     plain = PlainLosses(learner, rl, sft)
     for with_D in (False, True):
-        sums = learner.train_on(0.4, sft, rl, schedule=1.0, with_D=with_D).sums
+        sums = amft.train_on(learner, 0.4, sft, rl, schedule=1.0, with_D=with_D).sums
         assert sums["rl"] == pytest.approx(plain.rl_loss().item(), rel=1e-5)
         assert sums["sft"] == pytest.approx(plain.sft_loss().item(), rel=1e-5)
 
@@ -1672,14 +1672,15 @@ def test_means_are_of_all_ranks(process_group, monkeypatch):
     count = sum(len(turn.ids) for turn in turns)
     alone = learner.entropy(groups)
     direction = [torch.ones_like(p) for p in learner.local_params]
-    slopes = [learner.grad_mu([group], direction)[0] * 2 for group in groups]  # of a half each
+    # Of a half each
+    slopes = [amft.meta_gradient(learner, [group], direction)[0] * 2 for group in groups]
     monkeypatch.setattr(World, "sum", lambda self, H, n: [H + 3.0, n + 5])
     assert learner.entropy(groups) == pytest.approx((alone * count + 3) / (count + 5), rel=1e-9)
     monkeypatch.setattr(World, "sum", lambda self, n: [n + 3])
     # Samples: 2 and 2 of the even prompts and 3 of the odd one, and 3 of the other rank
     first = (slopes[0] * 2 + slopes[2] * 2) / 7
     second = slopes[1] * 3 / 6
-    found, noise = learner.grad_mu(groups, direction)
+    found, noise = amft.meta_gradient(learner, groups, direction)
     assert found == pytest.approx((first + second) / 2, rel=1e-5)
     assert noise == pytest.approx(abs(first - second) / 2, rel=1e-5)
 
@@ -1760,13 +1761,13 @@ def test_a_run_with_an_engine(cap, weight, watched, small_model, tmp_path, monke
         importlib.util, "find_spec", lambda name, *rest: name == "vllm" or real(name, *rest)
     )
     monkeypatch.setattr(amft, "VllmSampler", Engine)
-    Engine.made, samples, train_on = [], [], amft.PolicyLearner.train_on
+    Engine.made, samples, train_on = [], [], amft.train_on
 
     def kept(learner, mu, sft, rl, *args, **settings):
         samples.extend(rl)
         return train_on(learner, mu, sft, rl, *args, **settings)
 
-    monkeypatch.setattr(amft.PolicyLearner, "train_on", kept)
+    monkeypatch.setattr(amft, "train_on", kept)
     flags = ["--sampler", "vllm", "--is-cap", cap, *LEARNED]
     rows = watched.run(small_model, tmp_path / "r", *flags)
     (engine,) = Engine.made
@@ -1833,7 +1834,7 @@ def test_demonstrations_of_the_prompts_sampled(watched, small_model, tmp_path, m
 def test_merged_at_the_end(watched, tmp_path, monkeypatch):
     """Not where a signal has ended the run before; with the tokenizer. The adapter names its base
     by a folder, as PEFT does not know the embedded models."""
-    train_on = amft.PolicyLearner.train_on
+    train_on = amft.train_on
 
     def stopped(learner, *args, **settings):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -1842,7 +1843,7 @@ def test_merged_at_the_end(watched, tmp_path, monkeypatch):
     folder = tmp_path / "r"
     flags = ["--method", "sft", "--steps", "2", "--lora-r", "2", "--merge"]
     with monkeypatch.context() as patch:
-        patch.setattr(amft.PolicyLearner, "train_on", stopped)
+        patch.setattr(amft, "train_on", stopped)
         assert len(watched.run("tiny_bare", folder, *flags)) == 1
     assert not (folder / "merged").exists()
     assert len(watched.run("tiny_bare", folder, *flags, "--resume")) == 2
@@ -1858,7 +1859,7 @@ def test_filler_of_a_run_in_pictures(tmp_path, monkeypatch):
     """A turn with its picture, as all ranks must call the vision part."""
     learners = []
 
-    class Kept(amft.PolicyLearner):
+    class Kept(PolicyLearner):
         def __init__(self, *args):
             super().__init__(*args)
             learners.append(self)

@@ -1127,8 +1127,8 @@ def test_played_episodes(monkeypatch, capsys):
     tests = [evaluation.GameTest("g/a", "g (a)", "A"), evaluation.GameTest("g/b", "g (b)", "B")]
     asked = []
 
-    def play(model, tokenizer, game, seeds, samples, *rest, processor):
-        asked.append((game, list(seeds), samples, *rest, processor))
+    def play(model, tokenizer, game, seeds, samples, *rest, processor, sampler):
+        asked.append((game, list(seeds), samples, *rest, processor, sampler.keywords["top_p"]))
         if game == "B":
             raise IndexError
         groups = []
@@ -1141,10 +1141,12 @@ def test_played_episodes(monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "load_readers", lambda *_: (None, "tokenizer", "processor"))
     model = SimpleNamespace(config=config_with(100))
     monkeypatch.setattr(evaluation, "generator_of", lambda *_: model)
-    args = evaluation.Args(samples=2, batch_size=5, seed=3, max_length=64, temperature=0.5)
+    args = evaluation.Args(
+        samples=2, batch_size=5, seed=3, max_length=64, temperature=0.5, top_p=0.75
+    )
     assert list(evaluation.play_episodes(args, "m", [(tests[0], [])], CPU)) == []
     first, second = evaluation.play_episodes(args, "m", [(tests[0], [4, 6, 7])], CPU)
-    settings = (2, "3/g (a)", 64, 5, 0.5, "processor")
+    settings = (2, "3/g (a)", 64, 5, 0.5, "processor", 0.75)
     assert asked == [("A", [4, 6], *settings), ("A", [7], *settings)]
     names = [(row["model"], row["id"], row["sample"], row["turns"]) for row in [*first, *second]]
     assert names == [("m", f"g/a/{seed}", k, k + 1) for seed in (4, 6, 7) for k in (0, 1)]
@@ -1155,7 +1157,8 @@ def test_played_episodes(monkeypatch, capsys):
     asked.clear()
     wide = dataclasses.replace(args, samples=8, max_length=500)
     list(evaluation.play_episodes(wide, "m", [(tests[0], [4, 6])], CPU))
-    assert asked == [("A", [seed], 8, "3/g (a)", 100, 5, 0.5, "processor") for seed in (4, 6)]
+    one_by_one = (8, "3/g (a)", 100, 5, 0.5, "processor", 0.75)
+    assert asked == [("A", [seed], *one_by_one) for seed in (4, 6)]
     with pytest.raises(evaluation.ModelError) as error:
         list(evaluation.play_episodes(args, "m", [(tests[0], []), (tests[1], [1])], CPU))
     assert str(error.value) == (
