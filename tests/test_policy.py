@@ -425,6 +425,54 @@ def test_log_probabilities_of_draws_are_untempered():
         assert got.item() == token, (temperature, u)
 
 
+def test_the_nucleus_is_of_the_tempered_distribution():
+    """Of probabilities 0.67, 0.24 and 0.09: 0.6 of the mass is the first, but at temperature 4 it
+    takes two (0.42, 0.33, 0.25)."""
+    logits = torch.tensor([[3.0, 2.0, 1.0]]).log_softmax(-1).expand(1000, 3)
+    u = ((torch.arange(1000) + 0.5) / 1000).double()
+    for temperature, first in ((1.0, 1.0), (4.0, 1 / (1 + math.exp(-0.25)))):
+        token, _ = policy._draw(logits, u, temperature, 0.6)
+        assert (token == 0).double().mean().item() == pytest.approx(first, abs=0.002)
+        assert (token < 2).all()
+
+
+class HalfPrecision:
+    """A model whose logits are bf16 and do not depend on what it reads."""
+
+    def __init__(self):
+        self.logits = torch.linspace(-3, 3, 40).bfloat16()
+        self.config = types.SimpleNamespace(get_text_config=types.SimpleNamespace)
+
+    def parameters(self):
+        return iter([self.logits])
+
+    def __call__(self, input_ids, **_):
+        return types.SimpleNamespace(
+            logits=self.logits.expand(len(input_ids), 1, 40),
+            past_key_values=types.SimpleNamespace(layers=[]),
+        )
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_log_probabilities_of_half_precision_are_fp32(rows, monkeypatch):
+    monkeypatch.setattr(policy, "_has_rows", lambda _: rows)
+    model, tokenizer = HalfPrecision(), types.SimpleNamespace(pad_token_id=0, eos_token_id=99)
+    expected = model.logits.double().log_softmax(-1)
+    for s in sample(model, tokenizer, [[5], [6]], 1, 8, seeds=[1, 2]):
+        assert s.logprobs == pytest.approx(expected[s.ids].tolist(), abs=1e-5)
+
+
+def test_a_bar_without_a_title_is_not_shown(monkeypatch):
+    shown, real = [], policy.tqdm
+    monkeypatch.setattr(
+        policy, "tqdm", lambda disable, **more: shown.append(not disable) or real(disable=True)
+    )
+    model, tokenizer = HalfPrecision(), types.SimpleNamespace(pad_token_id=0, eos_token_id=99)
+    sample(model, tokenizer, [[5]], 1, 1)
+    sample(model, tokenizer, [[5]], 1, 1, progress="title")
+    assert shown == [False, True]
+
+
 def test_a_cache_with_room():
     """What it shows is what was written, as it grows, and as rows of the end fill gaps."""
     from transformers.cache_utils import DynamicCache
@@ -638,6 +686,31 @@ def test_encoded_prompts():
     assert seen == [([chat.before + "Hi" + chat.after], [], "pt", False)]
 
 
+def test_encoded_prompts_are_in_order(monkeypatch):
+    """Each text with its own pictures; the template has the special tokens, and none are added."""
+    monkeypatch.setattr(
+        policy, "prompt_texts", lambda _, conversations: [c[0]["text"] for c in conversations]
+    )
+
+    def processor(text, images, return_tensors, add_special_tokens):
+        ids = [len(text[0]), len(images), *([99] if add_special_tokens else [])]
+        return {"input_ids": torch.tensor([ids]), "pixels": images}
+
+    def tokenizer(texts, add_special_tokens=True):
+        more = [99] if add_special_tokens else []
+        return {"input_ids": [[len(text), *more] for text in texts]}
+
+    conversations = []
+    for text, images in (("a", []), ("abc", ["x", "y"]), ("ab", ["z"])):
+        content = [{"type": "image", "image": image} for image in images]
+        conversations.append([{"text": text, "content": content}])
+    prompts = policy.encode_prompts(tokenizer, conversations, processor)
+    expected = [([1, 0], []), ([3, 2], ["x", "y"]), ([2, 1], ["z"])]
+    assert [(prompt.ids, prompt.inputs["pixels"]) for prompt in prompts] == expected
+    prompts = policy.encode_prompts(tokenizer, conversations)
+    assert [prompt.ids for prompt in prompts] == [[1], [3], [2]]
+
+
 def test_inputs_of_pictures_are_stacked():
     """What is aligned with the prompt is padded with it: zeros on the left, the last entry on the
     right; all else is put behind each other."""
@@ -760,6 +833,51 @@ def test_a_certain_token_has_no_entropy():
     (logprobs + entropy).sum().backward()
     assert (logprobs.item(), entropy.item()) == (0, 0)
     assert logits.grad.tolist() == [[0, 0]]
+
+
+def test_a_policy_in_half_precision_answers_in_fp32():
+    """From its bf16 logits: log-probabilities and entropy as in fp64; the value too is fp32."""
+    actor = Policy(small_llama(torch.bfloat16), True).bfloat16()
+    ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(0))
+    logprobs, entropy, values = actor(ids, torch.ones(1, 8, dtype=torch.bool))
+    assert logprobs.dtype == entropy.dtype == values.dtype == torch.float32
+    hidden = policy.hidden_states(actor.lm, input_ids=ids)[0, :-1]
+    log_p = policy.head(actor.lm, hidden).double().log_softmax(-1)
+    expected = log_p.gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(logprobs[0].double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        entropy[0].double(), -(log_p.exp() * log_p).sum(-1), rtol=0, atol=1e-4
+    )
+
+
+def test_a_policys_vocabulary_in_chunks(monkeypatch):
+    """The same numbers in the same places, three response tokens at a time."""
+    actor = Policy(small_llama(), True).double()
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(8)[None] >= torch.tensor([[1], [4]])
+    expected = actor(ids, mask, True)
+    by_chunks, sizes = policy.by_chunks, []
+
+    def few(function, vocabulary, *rows):
+        assert vocabulary == 64
+        chunks = by_chunks(function, 2**27 // 3, *rows)
+        sizes.extend(len(logprobs) for logprobs, _ in chunks)
+        return chunks
+
+    monkeypatch.setattr(policy, "by_chunks", few)
+    got = actor(ids, mask, True)
+    assert sizes == [3, 3, 3, 2]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_policy_has_the_generation_config_of_its_model():
+    actor = Policy(small_llama(), False)
+    assert actor.generation_config is actor.lm.generation_config
+    assert actor.adapters is None
+    other = transformers.GenerationConfig(top_k=7)
+    actor.generation_config = other
+    assert actor.lm.generation_config is other
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
