@@ -3,20 +3,26 @@ vllm is installed."""
 
 import importlib.util
 import math
+import os
+import random
+import sys
 import types
+import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import amft
+import vllm_sampler
 from data import DataError
 from games.play import Actor
 from games.rules import Result
 from learner import PolicyLearner
 from lora import Adapters
 from model import ModelError, World, load_config, load_weights
-from policy import Policy, never, sample
+from policy import Policy, Sample, never, sample
 from tests.helpers import (
     AMFT_RUN,
     OneRank,
@@ -64,6 +70,23 @@ def test_metrics_by_hand():
     metrics = engine_metrics(differences, 1.5, OneRank())
     assert metrics == pytest.approx({"engine/kl": 0.5 / 3, "engine/cut": 1 / 3})
     assert engine_metrics([], 2.0, OneRank()) == {}
+
+
+class TwoRanks(OneRank):
+    """The other rank has one token, of log-ratio 0."""
+
+    def sum(self, *values) -> list:
+        return [x + y for x, y in zip(values, (1, 0.0, 0), strict=True)]
+
+
+def test_metrics_of_all_ranks():
+    """A weight at the cap is not cut; k3 of a log-ratio above 50 counts as that of 50; a rank with
+    no tokens has the others' numbers."""
+    assert engine_metrics([math.log(2)], 2.0, OneRank())["engine/cut"] == 0
+    assert engine_metrics([1e4], 2.0, OneRank())["engine/kl"] == math.exp(50) - 10001
+    metrics = engine_metrics([math.log(2)], 1.5, TwoRanks())
+    assert metrics == pytest.approx({"engine/kl": (1 - math.log(2)) / 2, "engine/cut": 0.5})
+    assert engine_metrics([], 1.5, TwoRanks()) == {"engine/kl": 0, "engine/cut": 0}
 
 
 def logprobs_alone(model, row) -> torch.Tensor:
@@ -188,6 +211,15 @@ def test_taken(monkeypatch):
     assert amft.with_defaults(amft.Args()).is_cap is None
 
 
+def test_flags_of_a_gpu_and_of_no_correction(monkeypatch):
+    """--vllm-sleep where there is a GPU is taken; --is-cap 0 is a flag that was given."""
+    with_vllm(monkeypatch, installed=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    vllm_sampler.check_flags(args_of(vllm_sleep=True))
+    with pytest.raises(DataError, match="--sampler vllm"):
+        vllm_sampler.check_flags(amft.Args(is_cap=0.0))
+
+
 def test_memory_of_the_engine():
     """Keys and values of whole blocks of 32 tokens, and two blocks more; the dry run counts them
     and the weights, in the rollouts alone where the engine sleeps."""
@@ -267,6 +299,388 @@ def test_engine_is_told_of_steps_and_of_training(monkeypatch):
     assert engine.told == ["rest"]
     optimizer.step()
     assert engine.told == ["rest", "changed"]
+
+
+# --------------------------------------------------------------------------------------------------
+# A stand-in for the engine, where vllm need not be installed
+
+
+class StandIn:
+    """An engine whose model is small_llama, started at zeros: it draws by the weights that are
+    pushed, one request a step, the last first."""
+
+    off = 0.0  # what its log-probabilities are wrong by
+
+    def __init__(self, args):
+        self.args, self.told, self.requests, self.hows = args, [], {}, {}
+        self.model = small_llama(torch.float32)
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.zero_()
+        shutdown = types.SimpleNamespace(atexit=True)
+        self.engine_core = types.SimpleNamespace(
+            _finalizer=shutdown, shutdown=lambda: self.told.append("shutdown")
+        )
+
+    @classmethod
+    def from_engine_args(cls, args):
+        """Also what the real one does to the process."""
+        torch.manual_seed(0)
+        random.seed(0)
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.set_num_threads = print
+        warnings.warn("of torch and Triton", stacklevel=1)
+        return cls(args)
+
+    def collective_rpc(self, name, kwargs):
+        self.told.append(name)
+        self.model.load_state_dict(dict(kwargs["weights_iterator"]), strict=False)
+
+    def apply_model(self, function):
+        self.told.append("apply")
+        assert function is vllm_sampler._pack_again
+
+    def reset_prefix_cache(self):
+        self.told.append("reset")
+
+    def sleep(self, level):
+        self.told.append(f"sleep {level}")
+
+    def wake_up(self):
+        self.told.append("wake up")
+
+    def add_request(self, name, prompt, how):
+        self.requests[name] = prompt["prompt_token_ids"]
+        self.hows[name] = how
+
+    def abort_request(self, names):
+        self.told.append(("abort", sorted(names)))
+        for name in names:
+            del self.requests[name]
+
+    @torch.no_grad()
+    def step(self):
+        name, prompt = self.requests.popitem()
+        how, ids, logprobs = self.hows[name], [], []
+        generator = torch.Generator().manual_seed(how.seed)
+        while len(ids) < how.max_tokens and not set(ids[-1:]) & set(how.stop_token_ids):
+            logits = self.model(torch.tensor([prompt + ids])).logits[0, -1]
+            token = logits.argmax().item()
+            if how.temperature:
+                p = (logits / how.temperature).softmax(-1)
+                token = torch.multinomial(p, 1, generator=generator).item()
+            ids.append(token)
+            logprob = logits.log_softmax(-1)[token].item() + self.off
+            logprobs.append({token: types.SimpleNamespace(logprob=logprob)})
+        output = types.SimpleNamespace(token_ids=tuple(ids), logprobs=logprobs)
+        return [types.SimpleNamespace(request_id=name, outputs=[output])]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """start(): a VllmSampler with a StandIn; `vllm` is a module of such parts meanwhile."""
+    for key in vllm_sampler.SETTINGS:
+        monkeypatch.setenv(key, "")
+        monkeypatch.delenv(key)
+    parts = {
+        "vllm": {"EngineArgs": types.SimpleNamespace, "SamplingParams": types.SimpleNamespace},
+        "vllm.sampling_params": {"RequestOutputKind": types.SimpleNamespace(FINAL_ONLY="final")},
+        "vllm.v1": {},
+        "vllm.v1.engine": {},
+        "vllm.v1.engine.llm_engine": {"LLMEngine": StandIn},
+    }
+    for name, names in parts.items():
+        module = types.ModuleType(name)
+        vars(module).update(names)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def start(**changes) -> VllmSampler:
+        config, _ = load_config("tiny_bare")
+        settings = {"dtype": torch.float32, "sequences": 8, "longest": 33, "max_length": 100}
+        return VllmSampler("tiny_bare", config, **settings | changes)
+
+    return start
+
+
+TOKENIZER = types.SimpleNamespace(eos_token_id=5)
+PROMPTS = [[7, 8, 9], [3], [40, 41]]
+
+
+@pytest.mark.filterwarnings("ignore:of torch and Triton")
+def test_how_the_engine_is_made(stand_in, monkeypatch):
+    """It has room for the sequences and no more positions than the model; dummy weights, and
+    log-probabilities untempered; the user's own settings of the environment stay."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    config, _ = load_config("tiny_bare")  # 5 layers, 4 heads of 32 numbers
+    token = 2 * 5 * 4 * 32
+    positions = config.max_position_embeddings
+    expected = {
+        "model": str(vllm_sampler.resolve("tiny_bare")), "skip_tokenizer_init": True,
+        "trust_remote_code": False, "dtype": "float32", "load_format": "dummy",
+        "generation_config": "vllm", "logprobs_mode": "raw_logprobs", "max_model_len": 100,
+        "max_num_seqs": 8, "block_size": 32, "kv_cache_memory_bytes": (8 * 64 + 64) * token * 4,
+        "enforce_eager": False, "enable_sleep_mode": False, "distributed_executor_backend": "uni",
+        "disable_log_stats": True,
+    }  # fmt: skip
+    sampler = stand_in()
+    assert vars(sampler.engine.args) | expected == vars(sampler.engine.args)
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"  # in this process
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "INFO"
+    assert sampler.engine.engine_core._finalizer.atexit is False
+
+    other = {"dtype": torch.bfloat16, "sequences": 2, "eager": True, "sleeps": True}
+    other |= {"max_length": positions + 1, "trust_remote_code": True}
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(vllm_sampler, "settings_kept", nullcontext)
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    try:
+        args = vars(stand_in(**other).engine.args)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+        alone = stand_in(**other).engine.args
+    finally:
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+    assert alone.distributed_executor_backend == "uni"
+    expected = {
+        "dtype": "bfloat16", "max_model_len": positions, "max_num_seqs": 2, "block_size": None,
+        "kv_cache_memory_bytes": (positions + 64) * token * 2, "enforce_eager": True,
+        "enable_sleep_mode": True, "distributed_executor_backend": "external_launcher",
+        "trust_remote_code": True,
+    }  # fmt: skip
+    assert positions % 32 == 0
+    assert args | expected == args
+
+
+def test_models_without_a_number_of_positions(stand_in):
+    text = types.SimpleNamespace(
+        num_hidden_layers=2, num_attention_heads=2, head_dim=4, hidden_size=8
+    )
+    text.get_text_config = lambda: text
+    sampler = VllmSampler(
+        "tiny", text, dtype=torch.float32, sequences=1, longest=3, max_length=5000
+    )
+    assert sampler.engine.args.max_model_len == 5000
+
+
+def test_an_engine_that_does_not_start_is_one_line(stand_in, monkeypatch):
+    def fail(_):
+        raise RuntimeError("no kernel\nof this kind")
+
+    monkeypatch.setattr(StandIn, "from_engine_args", fail)
+    with pytest.raises(ModelError, match="^--sampler vllm cannot run tiny_bare: .*no kernel") as e:
+        stand_in()
+    assert "\n" not in str(e.value)
+
+
+def test_the_engine_leaves_the_process_as_it_was(stand_in):
+    """Generators, threads, how they are set, and no warnings."""
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    states = torch.get_rng_state(), random.getstate()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            stand_in()
+        assert torch.set_num_threads is set_threads
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+
+
+def of_model(model, prompts, samples, per_prompt: int) -> None:
+    """The samples' log-probabilities are the model's."""
+    assert len(samples) == len(prompts) * per_prompt
+    assert farthest(model, prompts, samples, per_prompt) < 1e-4
+
+
+def test_weights_are_pushed_when_they_are_old(stand_in):
+    """Before the first draw and after a step; then packed again, and what is cached of old ones is
+    thrown away. What the engine computes is compared once."""
+    sampler, lm = stand_in(), small_llama(torch.float32)
+    engine, push = sampler.engine, ["reload_weights", "apply", "reset"]
+    of_model(lm, PROMPTS, sampler.sample(lm, TOKENIZER, PROMPTS, 2, 4), 2)
+    assert engine.told == [*push, ("abort", []), ("abort", [])]  # one of the comparison
+    assert engine.hows["0"].max_tokens == 4
+    engine.told.clear()
+    of_model(lm, PROMPTS, sampler.sample(lm, TOKENIZER, PROMPTS, 1, 4), 1)
+    assert engine.told == [("abort", [])]
+    engine.told.clear()
+    with torch.no_grad():
+        lm.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    sampler.weights_changed("what a hook", "is given")
+    of_model(lm, PROMPTS, sampler.sample(lm, TOKENIZER, PROMPTS, 2, 4), 2)
+    assert engine.told == [*push, ("abort", [])]
+
+
+def test_the_engine_sleeps_where_asked(stand_in):
+    """At most once, with its weights thrown away; the next draw wakes it up and pushes."""
+    sampler, lm = stand_in(), small_llama(torch.float32)
+    sampler.sample(lm, TOKENIZER, PROMPTS, 1, 2)
+    sampler.engine.told.clear()
+    sampler.rest("what a hook", "is given")
+    assert (sampler.engine.told, sampler.stale) == ([], False)
+    sampler = stand_in(sleeps=True)
+    sampler.sample(lm, TOKENIZER, PROMPTS, 1, 2)
+    for _ in range(2):
+        sampler.engine.told.clear()
+        sampler.rest()
+        sampler.rest()
+        assert sampler.engine.told == ["sleep 2"]
+        sampler.sample(lm, TOKENIZER, PROMPTS, 1, 2)
+        assert sampler.engine.told[:3] == ["sleep 2", "wake up", "reload_weights"]
+        sampler.sample(lm, TOKENIZER, PROMPTS, 1, 2)
+        assert sampler.engine.told.count("reload_weights") == 1
+
+
+def test_weights_of_other_names_are_one_line(stand_in, monkeypatch):
+    lm = small_llama(torch.float32)
+    for kind in (KeyError, AttributeError, ValueError, AssertionError):
+
+        def refuse(*_, kind=kind, **__):
+            raise kind("model.elsewhere")
+
+        monkeypatch.setattr(StandIn, "collective_rpc", refuse)
+        with pytest.raises(ModelError, match="LlamaForCausalLM does not take .*elsewhere"):
+            stand_in().sample(lm, TOKENIZER, PROMPTS)
+
+
+@pytest.mark.parametrize("dtype,limit", [(torch.float32, 0.01), (torch.bfloat16, 0.5)])
+def test_an_engine_that_computes_something_else(dtype, limit, stand_in, monkeypatch):
+    """Its log-probability of the likeliest token after eight others may differ by rounding."""
+    lm = small_llama(torch.float32)
+    for off in (-0.8, 0.8, -1.2, 1.2, math.nan):
+        sampler = stand_in(dtype=dtype)
+        monkeypatch.setattr(StandIn, "off", off * limit)
+        if abs(off) < 1:
+            sampler.sample(lm, TOKENIZER, PROMPTS, 1, 2)
+            assert sampler.checked
+        else:
+            with pytest.raises(ModelError, match="does not take this model's weights"):
+                sampler.sample(lm, TOKENIZER, PROMPTS, 1, 2)
+            assert not sampler.checked
+
+
+def test_what_the_engine_is_asked_for(stand_in):
+    """Each prompt n times with its own seed; without end tokens of the engine's; one
+    log-probability a token, whatever the order in which it answers."""
+    sampler, lm = stand_in(), small_llama(torch.float32)
+    drawn = sampler.sample(
+        lm, TOKENIZER, PROMPTS, 2, 6, 0.5, 0.9, stop=frozenset([-1, 30, 9]),
+        seeds=[4, 1, 2, 3, -1, 2**62 + 7],
+    )  # fmt: skip
+    of_model(lm, PROMPTS, drawn, 2)
+    hows = [sampler.engine.hows[str(i)] for i in range(6)]
+    assert [how.seed for how in hows] == [4, 1, 2, 3, 2**62 - 1, 7]
+    for how in hows:
+        assert vars(how) == {
+            "temperature": 0.5, "top_p": 0.9, "seed": how.seed, "max_tokens": 6,
+            "stop_token_ids": [9, 30], "ignore_eos": True, "logprobs": 0, "detokenize": False,
+            "output_kind": "final",
+        }  # fmt: skip
+
+
+def test_an_answer_ends_with_a_stop_token(stand_in):
+    sampler, lm = stand_in(), small_llama(torch.float32)
+    stop = frozenset(range(32))
+    drawn = sampler.sample(lm, TOKENIZER, PROMPTS, 4, 3, stop=stop, seeds=range(12))
+    assert {s.finished for s in drawn} == {True, False}
+    for s in drawn:
+        assert s.finished == (s.ids[-1] in stop)
+        assert all(token not in stop for token in s.answer)
+        assert s.finished or len(s.ids) == 3
+
+
+def test_draws_that_are_not_specified(stand_in):
+    """As of policy.sample: 256 tokens of one response, the model's own distribution, its end
+    token; seeds are the generator's, one a response."""
+    sampler, lm = stand_in(), small_llama(torch.float32)
+    sampler.sample(lm, TOKENIZER, [[3]])
+    how = sampler.engine.hows["0"]
+    assert (how.max_tokens, how.temperature, how.top_p) == (256, 1, 1)
+    assert how.stop_token_ids == [5]
+    found = []
+    for seed in (1, 1, 2):
+        sampler.engine.hows.clear()
+        generator = torch.Generator().manual_seed(seed)
+        sampler.sample(lm, TOKENIZER, [[3], [4]], 2, 2, generator=generator)
+        found.append([how.seed for how in sampler.engine.hows.values()])
+    assert found[0] == found[1] != found[2]
+    assert len(set(found[0])) == 4
+    assert max(found[0]) > 2**32
+
+
+def test_interrupted_draws_are_empty(stand_in, monkeypatch):
+    """What has ended is kept; the rest is empty, and the engine forgets it. The bar counts what has
+    ended, and is there where it has a title."""
+    bars = []
+
+    class Bar:
+        def __init__(self, total, desc, disable, unit):
+            bars.append([total, desc, disable, 0])
+
+        def update(self, count=1):
+            bars[-1][3] += count
+
+        def close(self):
+            bars[-1].append("closed")
+
+    monkeypatch.setattr(vllm_sampler, "tqdm", Bar)
+    sampler, lm, asked = stand_in(), small_llama(torch.float32), iter(range(9))
+    whole = sampler.sample(lm, TOKENIZER, PROMPTS, 2, 4, seeds=range(6), progress="title")
+    cut = sampler.sample(
+        lm, TOKENIZER, PROMPTS, 2, 4, seeds=range(6), interrupted=lambda: next(asked) >= 2
+    )
+    assert cut == [Sample([], [], False)] * 4 + whole[4:]  # the last ones are the first to end
+    assert sampler.engine.told[-1] == ("abort", ["0", "1", "2", "3"])
+    assert bars == [
+        [1, None, True, 1, "closed"],  # of the comparison
+        [6, "title", False, 6, "closed"],
+        [6, None, True, 2, "closed"],
+    ]
+
+
+def test_an_engine_is_closed(stand_in):
+    sampler = stand_in()
+    engine = sampler.engine
+    sampler.close()
+    assert engine.told == ["shutdown"]
+    assert not hasattr(sampler, "engine")
+
+
+def test_pushed_weights_have_the_engines_type():
+    """Those with an adapter: W + scale B A is added in fp32."""
+    lm = small_llama(torch.bfloat16)
+    adapters = adapters_on(lm)
+    pusher = types.SimpleNamespace(adapters=adapters, dtype=torch.bfloat16)
+    weights = dict(VllmSampler.merged(pusher, lm))
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    names = [f"{layer}.weight" for layer in adapters.layers]
+    own = dict(lm.named_parameters())
+    for name, A, B in zip(names, adapters.phi[::2], adapters.phi[1::2], strict=True):
+        change = weights[name].double() - own[name].double()
+        expected = 8 / 4 * B.double() @ A.double()
+        torch.testing.assert_close(change, expected, rtol=0, atol=2e-3, msg=name)
+    plain = types.SimpleNamespace(adapters=None, dtype=torch.bfloat16)
+    for name, w in VllmSampler.merged(plain, lm):
+        assert torch.equal(w, own[name])
+
+
+def test_a_tied_head_is_packed_again():
+    """Only one that the engine multiplies by a packed copy of."""
+    packed = []
+    method = types.SimpleNamespace(process_weights_after_loading=packed.append)
+    plain = types.SimpleNamespace(quant_method=method)
+    copied = types.SimpleNamespace(quant_method=method, cpu_linear=None)
+    for head in (None, plain, copied):
+        vllm_sampler._pack_again(types.SimpleNamespace(lm_head=head))
+    vllm_sampler._pack_again(types.SimpleNamespace())
+    assert packed == [copied]
 
 
 # --------------------------------------------------------------------------------------------------
