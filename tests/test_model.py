@@ -83,7 +83,14 @@ SCALED = {
     "granite": (transformers.GraniteConfig, {"logits_scaling": 4.0}),
     "cohere": (transformers.CohereConfig, {"logit_scale": 0.25}),
     "gemma2": (transformers.Gemma2Config, {"final_logit_softcapping": 3.0, "head_dim": 16}),
-}
+    "falcon_h1": (
+        transformers.FalconH1Config,
+        {
+            "lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16,
+            "mamba_d_state": 8, "head_dim": 16,
+        },
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", SCALED)
@@ -107,6 +114,44 @@ def test_families_that_scale_their_logits(family):
     check_head(lm, World(CPU))
     expected = losses_of_all_logits(lm, batch)
     torch.testing.assert_close(token_losses(lm, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_losses_of_half_precision_are_fp32():
+    """The cross-entropy of the model's bf16 logits, as computed in fp64."""
+    lm, batch = load_weights("tiny", torch.bfloat16).eval(), labelled_rows()
+    losses = token_losses(lm, batch)
+    assert losses.dtype == torch.float32
+    ids, labels = batch["input_ids"], batch["labels"]
+    hidden = model.hidden_states(lm, input_ids=ids)
+    for row, loss in enumerate(losses):
+        wanted = labels[row, 1:] != -100
+        logits = model.head(lm, hidden[row, :-1][wanted])
+        assert logits.dtype == torch.bfloat16
+        expected = F.cross_entropy(logits.double(), labels[row, 1:][wanted], reduction="sum")
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_the_model_of_a_policy_and_of_adapters():
+    lm = load_weights("tiny")
+    assert model.causal_lm(lm) is lm
+    assert model.causal_lm(types.SimpleNamespace(lm=lm)) is lm
+    peft = types.SimpleNamespace(get_base_model=lambda: lm)
+    assert model.causal_lm(peft) is lm
+    assert model.causal_lm(types.SimpleNamespace(lm=peft)) is lm
+
+
+def test_a_refused_batch_leaves_the_forward_as_it_was():
+    lm, batch = load_weights("tiny"), labelled_rows()
+    with pytest.raises(TypeError):
+        token_losses(lm, {"input_ids": batch["input_ids"]})
+    assert lm(input_ids=batch["input_ids"]).logits.shape[:2] == (3, 12)
+
+
+def test_models_without_a_limit_of_positions():
+    text = types.SimpleNamespace()
+    model.check_positions(
+        types.SimpleNamespace(get_text_config=lambda: text), 10**6, "--max-length"
+    )
 
 
 def test_all_positions_may_be_used():
@@ -185,6 +230,58 @@ def test_one_process_is_a_group_of_its_own(monkeypatch):
         dist.destroy_process_group()
 
 
+def test_sums_are_of_float64(process_group):
+    assert World(CPU).sum(2**24 + 1, 0.1) == [2**24 + 1, 0.1]
+
+
+def test_gradients_are_added_up_over_replicas_only(monkeypatch):
+    """Four ranks, two replicas: not over the shards, which are different parts of the weights; one
+    buffer, one collective."""
+    asked = []
+    monkeypatch.setattr(dist, "all_reduce", lambda x, group=None: asked.append((x, group)))
+    mesh = types.SimpleNamespace(get_group=lambda name: f"group of {name}")
+    flat = flat_like([torch.zeros(2), torch.zeros(3)])
+    World(CPU, 0, 4, 0, 2, mesh).sum_over_replicas(flat)
+    ((buffer, group),) = asked
+    assert buffer.shape == (5,)
+    assert buffer is flat[1]._base
+    assert group == "group of replica"
+    asked.clear()
+    World(CPU, 0, 1, 0, 1, mesh).sum_over_replicas(flat)
+    assert not asked
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_rank_of_torchrun_has_its_gpu(cuda, monkeypatch):
+    """LOCAL_RANK's, of the node; with torchrun's store, and CPU tensors by gloo."""
+    asked = []
+
+    def init(backend, timeout, device_id, **rest):
+        asked.append((backend, device_id, set(rest)))
+
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("RANK", "6")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda i: asked.append(i))
+    monkeypatch.setattr(dist, "init_process_group", init)
+    monkeypatch.setattr(dist, "get_rank", lambda: 6)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr(model, "init_device_mesh", lambda kind, *_, **__: asked.append(kind))
+    world = model.setup()
+    if cuda:
+        gpu = torch.device("cuda", 2)
+        assert asked == [2, ("cpu:gloo,cuda:nccl", gpu, set()), "cuda"]
+        assert world.device == gpu
+    else:
+        assert asked == [("gloo", None, set()), "cpu"]
+        assert world.device == CPU
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("LOCAL_RANK")
+    world = model.setup()
+    assert asked[-2][2] == {"store", "rank", "world_size"}
+    assert world.device == (torch.device("cuda", 0) if cuda else CPU)
+
+
 def test_only_rank_0_speaks(capsys, monkeypatch):
     World(CPU).say("first")
     World(CPU, rank=1, size=2).say("second")
@@ -209,6 +306,15 @@ def test_names_of_models(tmp_path):
     for name in ("./model", "/no/model", "~/no", "some/one/model"):
         with pytest.raises(ModelError, match=f"^no such model folder: {name}$"):
             model.resolve(name)
+
+
+def test_folders_of_models_in_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    assert model.resolve("~/m") == str(tmp_path / "m")
+    with pytest.raises(ModelError, match="^no such model folder: /no-model$"):
+        model.resolve("/no-model")
 
 
 def test_padding_is_the_end_where_there_is_none():
@@ -260,6 +366,64 @@ def test_template_of_a_processor(monkeypatch):
         assert tokenizer.chat_template == used
 
 
+def test_a_processors_tokenizer_has_padding(monkeypatch):
+    """Its end token where it has none of its own; without both it is refused."""
+    tokenizer = types.SimpleNamespace(
+        pad_token_id=None, eos_token="end", pad_token=None, chat_template="its"
+    )
+    processor = types.SimpleNamespace(image_processor=None, tokenizer=tokenizer, chat_template=None)
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: processor)
+    with pytest.raises(ModelError, match="neither a padding nor an end token"):
+        model.load_processor("some/model")
+    assert tokenizer.pad_token == "end"
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_of_the_hub_is_run_where_asked(trusted, monkeypatch):
+    """Every class of the library that reads a model is told of it."""
+    asked = []
+    config, tokenizer = model.load_config("tiny")
+    lm = model.skeleton(config)
+    processor = types.SimpleNamespace(
+        image_processor=None, tokenizer=tokenizer, chat_template=tokenizer.chat_template
+    )
+
+    def noted(kind, name, result):
+        def read(*_, trust_remote_code=None, **__):
+            asked.append((kind.__name__, trust_remote_code))
+            return result
+
+        monkeypatch.setattr(kind, name, read)
+
+    causal = transformers.AutoModelForCausalLM
+    noted(transformers.AutoConfig, "from_pretrained", config)
+    noted(transformers.AutoTokenizer, "from_pretrained", tokenizer)
+    noted(transformers.AutoProcessor, "from_pretrained", processor)
+    noted(causal, "from_pretrained", lm)
+    noted(causal, "from_config", lm)
+    name = "some/model"
+    calls = [
+        (model.load_config, (name, trusted), "AutoConfig AutoTokenizer"),
+        (model.load_processor, (name, trusted), "AutoProcessor"),
+        (model.load_readers, (name, True, trusted), "AutoConfig AutoTokenizer AutoProcessor"),
+        (model.load_weights, (name, torch.float32, trusted), "AutoConfig AutoModelForCausalLM"),
+        (model.skeleton, (config, torch.float32, None, trusted), "AutoModelForCausalLM"),
+        (model.parameter_count, (config, trusted), "AutoModelForCausalLM"),
+    ]
+    for function, arguments, kinds in calls:
+        asked.clear()
+        function(*arguments)
+        assert asked == [(kind, trusted) for kind in kinds.split()], function.__name__
+
+
+def test_types_of_loaded_weights():
+    """fp32 where nothing is said."""
+    for asked, kind in (({}, torch.float32), ({"dtype": torch.bfloat16}, torch.bfloat16)):
+        assert {p.dtype for p in load_weights("tiny", **asked).parameters()} == {kind}
+    config, _ = model.load_config("tiny")
+    assert {p.dtype for p in model.skeleton(config).parameters()} == {torch.float32}
+
+
 def test_code_of_the_hub_is_not_run_unasked():
     for name in ("load_config", "load_processor", "load_readers", "load_weights", "skeleton"):
         function = getattr(model, name)
@@ -279,6 +443,16 @@ def test_the_vision_part_is_not_trained():
     lm = model.skeleton(model.load_config("tiny")[0])
     model.freeze_vision(lm)
     assert all(p.requires_grad for p in lm.parameters())
+
+
+def test_a_head_of_its_own_is_trained_beside_frozen_vision():
+    config, _ = model.load_config("tiny_vision")
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    lm = model.skeleton(config)
+    output = lm.get_output_embeddings().weight
+    assert output is not lm.get_input_embeddings().weight
+    model.freeze_vision(lm)
+    assert output.requires_grad
 
 
 def test_dropout_is_all_that_is_turned_off():
@@ -323,6 +497,14 @@ def test_weights_are_copied_into_a_skeleton():
     assert copy.generation_config is source.generation_config
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(copy(ids).logits, source(ids).logits)
+
+
+def test_weights_take_the_type_of_the_skeleton():
+    source = load_weights("tiny")
+    copy = model.skeleton(source.config, torch.bfloat16)
+    model.materialize(copy, source, CPU)
+    for p, q in zip(source.parameters(), copy.parameters(), strict=True):
+        assert torch.equal(p.bfloat16(), q)
 
 
 def test_bytes_of_logits_and_cache():
@@ -440,6 +622,37 @@ def test_flat_buffers_are_views_of_one():
     assert flat_like([torch.ones(2, dtype=torch.float64)], offload=True)[0].dtype == torch.float64
 
 
+def test_where_a_flat_buffer_lies(monkeypatch):
+    """With the tensors, or in CPU memory where offloaded: pinned if they are on a GPU."""
+    there = [torch.zeros(2, device="meta")]
+    assert flat_like(there)[0].device.type == "meta"
+    assert flat_like(there, offload=True)[0].device.type == "cpu"
+    asked, zeros = [], torch.zeros
+    monkeypatch.setattr(
+        torch, "zeros", lambda n, pin_memory, **_: asked.append(pin_memory) or zeros(n)
+    )
+    for cuda in (True, False):
+        tensor = types.SimpleNamespace(
+            is_cuda=cuda, device=CPU, dtype=torch.float32, shape=(2,), numel=lambda: 2
+        )
+        flat_like([tensor], offload=True)
+        flat_like([tensor])
+    assert asked == [True, False, False, False]
+
+
+def test_trained_parameters_are_shards_after_a_forward(process_group):
+    """Though the root still shows its whole weights."""
+    lm, mesh = load_weights("tiny"), one_rank_mesh()
+    lm.model.norm.weight.requires_grad_(False)
+    for module in (*model.layers_to_shard(lm), lm):
+        fully_shard(module, mesh=mesh["shard"])
+    with torch.no_grad():
+        lm(torch.tensor([[5, 6, 7]]))
+    params = model.trained_parameters(lm)
+    assert len(params) == len(list(lm.parameters())) - 1
+    assert all(isinstance(p, DTensor) for p in params)
+
+
 def test_gradients_one_by_one():
     """Each is handed on once, whole (a tied weight after both uses), and dropped; parameters that
     are not trained have none."""
@@ -479,6 +692,26 @@ def test_a_checkpoint_has_all_weights_in_its_type(tmp_path):
     weights = model.full_weights(lm, torch.float32)
     weights["lm_head.weight"].zero_()  # a copy
     assert lm.lm_head.weight.abs().max() > 0
+
+
+def test_a_saved_model(tmp_path):
+    """Its type is that of its weights, also by its config; the model that is trained keeps its own
+    end tokens; its library's defaults where it has no generation_config."""
+    lm, (_, tokenizer) = load_weights("tiny"), model.load_config("tiny")
+    lm.generation_config.eos_token_id = 9
+    weights = model.full_weights(lm, torch.bfloat16)
+    model.save_pretrained(tmp_path, lm, tokenizer, weights, torch.bfloat16)
+    assert lm.generation_config.eos_token_id == 9
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert saved.eos_token_id == [1, 9]
+    assert transformers.AutoConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
+    read = load_weights(str(tmp_path), torch.bfloat16)
+    for (name, p), q in zip(lm.named_parameters(), read.parameters(), strict=True):
+        assert torch.equal(p.bfloat16(), q), name
+    lm.generation_config = None
+    model.save_pretrained(tmp_path / "none", lm, tokenizer, weights, torch.bfloat16)
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path / "none")
+    assert saved.eos_token_id == 1
 
 
 def end_tokens(eos, pad, **settings):
