@@ -353,6 +353,11 @@ def draws_have_their_frequencies():
         torch.testing.assert_close(frequency, p, rtol=0, atol=0.01)
 
 
+def test_an_answer_is_without_the_token_that_ended_it():
+    assert policy.Sample([3, 4, 2], [0.0] * 3, True).answer == [3, 4]
+    assert policy.Sample([3, 4, 5], [0.0] * 3, False).answer == [3, 4, 5]
+
+
 def splitmix64(seed: int, t: int) -> float:
     """Number t of the stream of a seed, as published: in unsigned 64 bits, the upper 53 kept."""
     z = (seed + (t + 1) * 0x9E3779B97F4A7C15) % 2**64
@@ -440,13 +445,14 @@ class HalfPrecision:
     """A model whose logits are bf16 and do not depend on what it reads."""
 
     def __init__(self):
-        self.logits = torch.linspace(-3, 3, 40).bfloat16()
+        self.logits, self.forwards = torch.linspace(-3, 3, 40).bfloat16(), 0
         self.config = types.SimpleNamespace(get_text_config=types.SimpleNamespace)
 
     def parameters(self):
         return iter([self.logits])
 
     def __call__(self, input_ids, **_):
+        self.forwards += 1
         return types.SimpleNamespace(
             logits=self.logits.expand(len(input_ids), 1, 40),
             past_key_values=types.SimpleNamespace(layers=[]),
@@ -462,15 +468,30 @@ def test_log_probabilities_of_half_precision_are_fp32(rows, monkeypatch):
         assert s.logprobs == pytest.approx(expected[s.ids].tolist(), abs=1e-5)
 
 
-def test_a_bar_without_a_title_is_not_shown(monkeypatch):
-    shown, real = [], policy.tqdm
-    monkeypatch.setattr(
-        policy, "tqdm", lambda disable, **more: shown.append(not disable) or real(disable=True)
-    )
+@pytest.mark.parametrize("rows", [True, False])
+def test_no_forward_after_the_last_end(rows, monkeypatch):
+    monkeypatch.setattr(policy, "_has_rows", lambda _: rows)
     model, tokenizer = HalfPrecision(), types.SimpleNamespace(pad_token_id=0, eos_token_id=99)
-    sample(model, tokenizer, [[5]], 1, 1)
+    sample(model, tokenizer, [[5], [6]], 1, 8, stop=frozenset(range(40)))
+    assert model.forwards == 1
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_bar_counts_what_is_cut(rows, monkeypatch):
+    """Also what does not end; without a title it is not shown."""
+    shown, counts = [], []
+
+    def bar(disable, **_):
+        shown.append(not disable)
+        return types.SimpleNamespace(update=counts.append, close=lambda: None)
+
+    monkeypatch.setattr(policy, "tqdm", bar)
+    monkeypatch.setattr(policy, "_has_rows", lambda _: rows)
+    model, tokenizer = HalfPrecision(), types.SimpleNamespace(pad_token_id=0, eos_token_id=99)
+    sample(model, tokenizer, [[5], [6]], 2, 3)
     sample(model, tokenizer, [[5]], 1, 1, progress="title")
     assert shown == [False, True]
+    assert counts == [4, 1]
 
 
 def test_a_cache_with_room():
