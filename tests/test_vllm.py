@@ -379,6 +379,7 @@ class StandIn:
 @pytest.fixture
 def stand_in(monkeypatch):
     """start(): a VllmSampler with a StandIn; `vllm` is a module of such parts meanwhile."""
+    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # as it is after the test
     for key in vllm_sampler.SETTINGS:
         monkeypatch.setenv(key, "")
         monkeypatch.delenv(key)
@@ -430,6 +431,7 @@ def test_how_the_engine_is_made(stand_in, monkeypatch):
     assert os.environ["VLLM_LOGGING_LEVEL"] == "INFO"
     assert sampler.engine.engine_core._finalizer.atexit is False
 
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL")
     other = {"dtype": torch.bfloat16, "sequences": 2, "eager": True, "sleeps": True}
     other |= {"max_length": positions + 1, "trust_remote_code": True}
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -440,11 +442,13 @@ def test_how_the_engine_is_made(stand_in, monkeypatch):
     try:
         args = vars(stand_in(**other).engine.args)
         monkeypatch.setattr(dist, "get_world_size", lambda: 1)
-        alone = stand_in(**other).engine.args
+        alone = stand_in(**other | {"eager": False}).engine.args
     finally:
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
     assert alone.distributed_executor_backend == "uni"
+    assert (alone.enforce_eager, alone.enable_sleep_mode) == (False, True)
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
     expected = {
         "dtype": "bfloat16", "max_model_len": positions, "max_num_seqs": 2, "block_size": None,
         "kv_cache_memory_bytes": (positions + 64) * token * 2, "enforce_eager": True,
@@ -478,6 +482,8 @@ def test_an_engine_that_does_not_start_is_one_line(stand_in, monkeypatch):
 
 def test_the_engine_leaves_the_process_as_it_was(stand_in):
     """Generators, threads, how they are set, and no warnings."""
+    torch.manual_seed(5)
+    random.seed(5)
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     states = torch.get_rng_state(), random.getstate()
     try:
