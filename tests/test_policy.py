@@ -488,7 +488,7 @@ def test_a_bar_counts_what_is_cut(rows, monkeypatch):
     monkeypatch.setattr(policy, "tqdm", bar)
     monkeypatch.setattr(policy, "_has_rows", lambda _: rows)
     model, tokenizer = HalfPrecision(), types.SimpleNamespace(pad_token_id=0, eos_token_id=99)
-    sample(model, tokenizer, [[5], [6]], 2, 3)
+    sample(model, tokenizer, [[5], [6], [7], [8]], 1, 3)
     sample(model, tokenizer, [[5]], 1, 1, progress="title")
     assert shown == [False, True]
     assert counts == [4, 1]
