@@ -140,6 +140,19 @@ def test_the_model_of_a_policy_and_of_adapters():
     assert model.causal_lm(types.SimpleNamespace(lm=peft)) is lm
 
 
+def test_the_model_gets_a_batchs_pictures(monkeypatch):
+    """What a batch has beside ids and labels goes to the forward."""
+    lm, seen, plain = load_weights("tiny"), [], model.hidden_states
+
+    def noted(lm, input_ids, **pictures):
+        seen.append(pictures)
+        return plain(lm, input_ids=input_ids)
+
+    monkeypatch.setattr(model, "hidden_states", noted)
+    token_losses(lm, labelled_rows() | {"pixel_values": "pictures"})
+    assert seen == [{"pixel_values": "pictures"}]
+
+
 def test_a_refused_batch_leaves_the_forward_as_it_was():
     lm, batch = load_weights("tiny"), labelled_rows()
     with pytest.raises(TypeError):
@@ -249,6 +262,29 @@ def test_gradients_are_added_up_over_replicas_only(monkeypatch):
     asked.clear()
     World(CPU, 0, 1, 0, 1, mesh).sum_over_replicas(flat)
     assert not asked
+
+
+def test_replicas_are_of_neighbouring_ranks(monkeypatch):
+    """Of six ranks in two replicas, as the mesh has them: 0, 1, 2 and 3, 4, 5."""
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 6)
+    monkeypatch.setattr(model, "init_device_mesh", lambda *_, **__: None)
+    found = []
+    for rank in range(6):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        found.append(model.setup(replicas=2).replica)
+    assert found == [0, 0, 0, 1, 1, 1]
+
+
+def test_sums_are_of_all_ranks(monkeypatch):
+    """Also over replicas of one rank each."""
+    monkeypatch.setattr(dist, "all_reduce", lambda x, group=None: x.mul_(2))
+    assert World(CPU, 0, 2).sum(1.5, -2) == [3, -4]
+    flat = flat_like([torch.zeros(2)])
+    flat[0].fill_(3)
+    mesh = types.SimpleNamespace(get_group=lambda name: name)
+    World(CPU, 0, 2, 0, 2, mesh).sum_over_replicas(flat)
+    assert flat[0].tolist() == [6, 6]
 
 
 @pytest.mark.parametrize("cuda", [False, True])
@@ -573,6 +609,12 @@ def test_schedule():
     assert [learning_rate(step, 4, 1.0) for step in range(4)] == [0.25, 0.5, 0.75, 1]
     assert learning_rate(0, 1, 0.1) == 1
     assert learning_rate(8, 8, 0.25) == pytest.approx(0)
+
+
+def test_steps_of_warm_up_are_rounded():
+    """17% of ten steps are two, 13% one."""
+    assert [learning_rate(step, 10, 0.17) for step in (0, 1)] == [0.5, 1]
+    assert learning_rate(0, 10, 0.13) == 1
 
 
 @pytest.mark.parametrize("training", [True, False])
