@@ -871,6 +871,19 @@ def test_a_policy_in_half_precision_answers_in_fp32():
     )
 
 
+def test_values_train_the_model_too():
+    """Their gradient is that of the head on the last hidden state."""
+    actor = Policy(small_llama(), True).double()
+    ids, mask = torch.tensor([[3, 4, 5, 6]]), torch.tensor([[False, True, True]])
+    weights = list(actor.lm.model.parameters())
+    got = torch.autograd.grad(actor(ids, mask)[2].sum(), weights)
+    hidden = actor.lm(ids, output_hidden_states=True).hidden_states[-1][0, 1:3]
+    expected = torch.autograd.grad((hidden @ actor.value.weight[0]).sum(), weights)
+    assert max(g.abs().max() for g in got) > 0
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_policys_vocabulary_in_chunks(monkeypatch):
     """The same numbers in the same places, three response tokens at a time."""
     actor = Policy(small_llama(), True).double()
