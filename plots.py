@@ -450,31 +450,39 @@ def coloured(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def draw_shots(summaries: dict[str, list[dict]], quantity: str, scale: float, axis) -> None:
+    shots = sorted({row["shots"] for rows in summaries.values() for row in rows})
     for name, colour in coloured(summaries):
         rows = sorted(summaries[name], key=lambda s: s["shots"])
+        places = [shots.index(row["shots"]) for row in rows]
         mean = [scale * s[quantity] for s in rows]
         deviation = [scale * s[f"{quantity}_sd"] for s in rows]
         low = [m - d for m, d in zip(mean, deviation, strict=True)]
         high = [m + d for m, d in zip(mean, deviation, strict=True)]
-        axis.plot(mean, color=colour, label=name, **AFTER)
-        axis.fill_between(range(len(rows)), low, high, color=colour, alpha=0.18, linewidth=0)
-        axis.set_xticks(range(len(rows)), [str(s["shots"]) for s in rows])
+        axis.plot(places, mean, color=colour, label=name, **AFTER)
+        axis.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
+    axis.set_xticks(range(len(shots)), map(str, shots))
     axis.legend()
 
 
 def draw_curves(rows: dict[str, list[dict]], axis) -> None:
-    for name, colour in coloured(rows):
+    curves_of, steps_of = {}, {}
+    for name in rows:
         largest = max(row["shots"] for row in rows[name])
         curves = [row["curve"] for row in rows[name] if row["shots"] == largest]
-        steps = sorted(map(int, set.intersection(*map(set, curves))))
-        mean = []
+        curves_of[name] = curves
+        steps_of[name] = sorted(map(int, set.intersection(*map(set, curves))))
+    all_steps = sorted(set().union(*steps_of.values()))
+    for name, colour in coloured(rows):
+        curves, steps, mean = curves_of[name], steps_of[name], []
         for step in steps:
             mean.append(sum(curve[str(step)] for curve in curves) / len(curves))
         if len(steps) == 1:  # in context: no steps at all
             axis.axhline(mean[0], color=colour, linestyle=":", label=name)
             continue
-        axis.plot(mean, color=colour, label=name, **AFTER)
-        axis.set_xticks(range(len(steps)), map(str, steps))
+        axis.plot(
+            [all_steps.index(step) for step in steps], mean, color=colour, label=name, **AFTER
+        )
+    axis.set_xticks(range(len(all_steps)), map(str, all_steps))
     axis.legend()
 
 

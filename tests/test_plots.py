@@ -647,11 +647,11 @@ def test_panels_of_the_study(axis):
     accuracy.draw(axis)
     assert drawn(axis) == [
         Line("a", BLUE, "-", [0, 1, 2], [50.0, 62.5, 75.0]),
-        Line("tiny", RED, "-", [0, 1], [25.0, 37.5]),
+        Line("tiny", RED, "-", [0, 3], [25.0, 37.5]),  # 40 examples stand behind 30
     ]
     assert bands(axis) == [
         {0: (25.0, 75.0), 1: (62.5, 62.5), 2: (62.5, 87.5)},
-        {0: (25.0, 25.0), 1: (25.0, 50.0)},
+        {0: (25.0, 25.0), 3: (25.0, 50.0)},
     ]
     for band in axis.collections:
         assert band.get_alpha() < 0.3
@@ -690,6 +690,15 @@ def test_curves_are_of_the_most_examples(axis):
     assert axis.get_xticks().tolist() == [0, 1, 2]
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["0", "2", "10"]
     assert axis.get_legend() is not None
+
+
+def test_curves_of_different_lengths(axis):
+    """A point stands over its own step, whatever the others' steps are."""
+    short = [{"shots": 8, "curve": {"0": 4.0, "5": 2.0}}]
+    long = [{"shots": 8, "curve": {"0": 3.0, "1": 2.5, "5": 1.0, "10": 0.5}}]
+    plots.draw_curves({"short": short, "long": long}, axis)
+    assert [line.xs for line in drawn(axis)] == [[0, 2], [0, 1, 2, 3]]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["0", "1", "5", "10"]
 
 
 def result(accuracy: float, low: float, high: float) -> dict:
