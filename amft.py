@@ -20,8 +20,10 @@ What is done differently, and why:
    product joins them. The paper's code has a placeholder there.
 2. --meta-preconditioner adam (default) differentiates the clipped AdamW step that training takes;
    none is eq. (5), which is for SGD.
-3. --mu-update normalised (default) divides grad_mu U by its running RMS; with the published
-   constants eq. (6) moves mu by next to nothing (docs/amft.md): --mu-update printed does just that.
+3. --mu-update shrunken (default) moves mu by a running mean of grad_mu U over its running RMS, less
+   where that does not stand out of its noise, and without the entropy term: what follows its
+   gradient in docs/studies/balance.md. With the published constants eq. (6) moves mu by next to
+   nothing (docs/amft.md); --mu-update printed does just that.
 4. --entropy-sign printed is eq. (6); text is what the paper's words say, the opposite.
 5. A step's demonstrations are those of its prompts, so that every --method sees the same prompts
    and demonstrations.
@@ -241,14 +243,14 @@ class Args:
     four)."""
     meta_preconditioner: Literal["adam", "none"] = "adam"
     """d theta / d mu of the clipped AdamW step (adam), or eq. (5) as printed (none)."""
-    mu_update: Literal["normalised", "shrunken", "printed"] = "normalised"
-    """normalised: the meta-gradient divided by its running RMS, both terms every K steps; shrunken:
-    a running mean of it over a running RMS, shrunk by how far it stands out of its noise; printed:
-    eq. (6)."""
+    mu_update: Literal["shrunken", "normalised", "printed"] = "shrunken"
+    """shrunken: a running mean of the meta-gradient over its running RMS, shrunk by how far it
+    stands out of its noise; normalised: the meta-gradient divided by its running RMS; both every K
+    steps; printed: eq. (6)."""
     eta_mu: float | None = None
-    """Default: 0.05 normalised, 0.2 shrunken, 1e-4 printed."""
+    """Default: 0.2 shrunken, 0.05 normalised, 1e-4 printed."""
     eta_entropy: float | None = None
-    """Per nat. Default: 0.05 normalised and shrunken, 5e-4 printed."""
+    """Per nat. Default: 0 (no entropy term) shrunken, 0.05 normalised, 5e-4 printed."""
     entropy_sign: Literal["printed", "text"] = "printed"
     """printed: + eta_H (H* - H), as in eq. (6); text: the opposite, as in the paper's words."""
     validation_prompts: int | None = None
@@ -951,9 +953,10 @@ class Controller:
         }
         self.eta_mu, self.eta_entropy = args.eta_mu, args.eta_entropy
         if self.eta_mu is None:
-            self.eta_mu = {"normalised": 0.05, "shrunken": 0.2, "printed": 1e-4}[args.mu_update]
+            self.eta_mu = {"shrunken": 0.2, "normalised": 0.05, "printed": 1e-4}[args.mu_update]
         if self.eta_entropy is None:
-            self.eta_entropy = 5e-4 if args.mu_update == "printed" else 0.05
+            rates = {"shrunken": 0.0, "normalised": 0.05, "printed": 5e-4}
+            self.eta_entropy = rates[args.mu_update]
         # Optimizer steps before the first meta-gradient: Adam's moments are cold
         self.first_steps = 2 if args.mu_update == "shrunken" else 10
 
@@ -962,14 +965,19 @@ class Controller:
         return self.state["mu"]
 
     @property
-    def has_target(self) -> bool:
-        """Whether mu is learned by reward and the warm-up is over."""
-        return self.learns == "by_reward" and self.state["entropy_target"] is not None
+    def uses_entropy(self) -> bool:
+        """Whether the entropy term moves mu."""
+        return self.eta_entropy > 0 and not self.args.no_entropy_term
+
+    def moves(self, step: int) -> bool:
+        """Whether (6) follows this step (from 0)."""
+        return self.learns == "by_reward" and step >= self.args.warmup_steps
 
     def wants_target(self, step: int) -> bool:
         """Whether H* is to be measured before this step (from 0)."""
         first = step == self.args.warmup_steps
-        return self.learns == "by_reward" and first and self.state["entropy_target"] is None
+        missing = self.state["entropy_target"] is None
+        return self.learns == "by_reward" and first and missing and self.uses_entropy
 
     def gradient_due(self, step: int) -> bool:
         """Whether g_SFT - g_RL of this step (from 0) is needed."""
@@ -998,7 +1006,7 @@ class Controller:
             by_gradient = self._gradient_step(grad_mu, window)
             self.state["squares"].append(grad_mu**2)
         every_step = args.mu_update == "printed"
-        if not args.no_entropy_term and (every_step or step % args.mu_every == 0):
+        if self.uses_entropy and (every_step or step % args.mu_every == 0):
             sign = 1 if args.entropy_sign == "printed" else -1
             by_entropy = self.eta_entropy * (self.state["entropy_target"] - entropy) * sign
         self._set(self.mu + (by_gradient + by_entropy))
@@ -1123,6 +1131,17 @@ def check(args: Args, ranks: int) -> None:
         )
     if not 0 <= args.warmup_steps <= args.steps:
         raise DataError(f"--warmup-steps must be between 0 and --steps, not {args.warmup_steps}")
+    if method.learns_mu == "by_reward" and not Controller(args).uses_entropy:
+        if args.no_meta_gradient:
+            raise DataError(
+                "--no-meta-gradient: nothing is left that moves mu; give --eta-entropy as well "
+                "(0.05), or --method fixed"
+            )
+        if args.entropy_sign != "printed":
+            raise DataError(
+                "--entropy-sign: the entropy term has no weight here; give --eta-entropy as well "
+                "(0.05), or --mu-update normalised"
+            )
     if method.learns_mu == "by_noise" and args.prompts_per_step < 2 * ranks:
         raise DataError(
             f"--method {args.method} compares two halves of a rank's prompts: --prompts-per-step "
@@ -1563,7 +1582,7 @@ def main(args: Args, world: World) -> int:
 
         # (c) grad_mu U at the new theta (5), and with it the mu of the next step (6)
         trials = []
-        if controller.has_target and result.finite:
+        if controller.moves(step) and result.finite:
             grad_mu, noise = None, 0.0
             derivative = derivative_by_mu(learner, result) if result.D is not None else None
             if derivative is not None:
@@ -1573,7 +1592,8 @@ def main(args: Args, world: World) -> int:
                 trials = actor.rollout(validation, seeds, args.samples, key, to_the_end=True)
                 grad_mu, noise = meta_gradient(learner, trials, derivative)
                 metrics |= {"grad_mu": grad_mu, "grad_mu_snr": abs(grad_mu) / max(noise, 1e-30)}
-            metrics["entropy_target"] = controller.state["entropy_target"]
+            if controller.uses_entropy:
+                metrics["entropy_target"] = controller.state["entropy_target"]
             # There is no entropy where all of a step's responses were cut and masked
             if "entropy" in metrics:
                 metrics |= controller.move(step + 1, grad_mu, metrics["entropy"], noise)

@@ -144,7 +144,7 @@ def advantages_by_hand():
 
 def controller_of(**settings) -> amft.Controller:
     """With an entropy target of 0.5."""
-    controller = amft.Controller(amft.Args(**settings))
+    controller = amft.Controller(amft.Args(**{"mu_update": "normalised"} | settings))
     controller.state["entropy_target"] = 0.5
     return controller
 
@@ -175,11 +175,11 @@ def test_controller():
 
 def test_when_mu_is_updated():
     """H* after the warm-up; a meta-gradient every K steps, once Adam is warm, for a learned mu."""
-    controller = amft.Controller(amft.with_defaults(amft.Args(warmup_steps=2, mu_every=3)))
+    args = amft.Args(warmup_steps=2, mu_every=3, mu_update="normalised")
+    controller = amft.Controller(amft.with_defaults(args))
     assert [step for step in range(5) if controller.wants_target(step)] == [2]
-    assert not controller.has_target
+    assert [step for step in range(5) if controller.moves(step)] == [2, 3, 4]
     controller.state["entropy_target"] = 0.5
-    assert controller.has_target
     assert not any(controller.wants_target(step) for step in range(5))
     controller.state["optimizer_steps"] = 9
     assert not any(controller.gradient_due(step) for step in range(12))
@@ -191,8 +191,25 @@ def test_when_mu_is_updated():
     assert not controller.gradient_due(5)
     controller = amft.Controller(amft.Args(), learns="no")
     controller.state |= {"entropy_target": 0.5, "optimizer_steps": 10}
-    assert not controller.has_target
+    assert not controller.moves(4)
     assert not controller.gradient_due(4)
+
+
+def test_when_the_entropy_counts():
+    """By its weight, which --mu-update shrunken does not give it: then H* is not measured."""
+    for settings, counts in (
+        ({}, False),
+        ({"eta_entropy": 0.1}, True),
+        ({"eta_entropy": 0.1, "no_entropy_term": True}, False),
+        ({"mu_update": "normalised"}, True),
+        ({"mu_update": "normalised", "eta_entropy": 0.0}, False),
+        ({"mu_update": "printed"}, True),
+    ):
+        controller = amft.Controller(amft.Args(warmup_steps=2, mu_every=1, **settings))
+        assert controller.uses_entropy == counts
+        assert controller.wants_target(2) == counts
+        controller.state["entropy_target"] = 0.7
+        assert (controller.move(3, None, 0.3)["mu_change/entropy"] > 0) == counts
 
 
 def test_prompts_follow_each_other():
@@ -1361,7 +1378,7 @@ def watched(monkeypatch) -> Watched:
 
 LEARNED = [
     "--steps", "6", "--warmup-steps", "2", "--warmup-batch", "2", "--warmup-lr", "4e-3",
-    "--lr-warmup", "4", "--mu-every", "2", "--mu-update", "shrunken", "--eval-every", "4",
+    "--lr-warmup", "4", "--mu-every", "2", "--eta-entropy", "0.05", "--eval-every", "4",
 ]  # fmt: skip
 
 
@@ -1485,7 +1502,7 @@ def test_steps_that_say_nothing_of_mu(method, watched, small_model, tmp_path, mo
 
     monkeypatch.setattr(amft, "train_on", disturbed)
     flags = ["--method", method, "--steps", "3", "--warmup-steps", "0", "--mu-every", "1"]
-    flags += ["--mu-update", "shrunken"] if method == "amft" else []
+    flags += ["--eta-entropy", "0.05"] if method == "amft" else []
     rows = watched.run(small_model, tmp_path / "r", *flags)
     assert [row["skipped_steps"] for row in rows] == [1, 1, 1]
     if method == "gac":

@@ -71,7 +71,7 @@ SETTINGS = {
     "advantage": "grpo", "clip_ratio": 0.2, "dynamic_sampling": 0, "loss_aggregation": "token",
     "entropy_coefficient": 0.0, "value_coefficient": 0.1, "value_lr": 1e-3, "gae_lambda": 0.95,
     "turn_gamma": 1.0, "epochs": 1, "minibatches": 1, "mu_init": 0.5, "mu_min": 0.05,
-    "mu_max": 0.95, "mu_every": 5, "meta_preconditioner": "adam", "mu_update": "normalised",
+    "mu_max": 0.95, "mu_every": 5, "meta_preconditioner": "adam", "mu_update": "shrunken",
     "entropy_sign": "printed", "sft_weight": "none", "chord_start": 0.9, "chord_end": 0.05,
     "chord_warmup": 0, "luffy_gamma": 0.1, "hpt_gate": 0, "hpt_sft": 1.0, "lora_r": 0,
     "lora_alpha": 32, "eval_every": 20, "show": 2, "save_every": 40, "keep": 3, "replicas": 1,
@@ -102,7 +102,7 @@ def test_choices():
         "advantage": "grpo mean gae",
         "loss_aggregation": "token sequence",
         "meta_preconditioner": "adam none",
-        "mu_update": "normalised shrunken printed",
+        "mu_update": "shrunken normalised printed",
         "entropy_sign": "printed text",
         "sft_weight": "none phi dft",
     }
@@ -220,8 +220,19 @@ def refusal(ranks: int, settings: dict) -> str:
     return ""
 
 
+STILL = (
+    "--no-meta-gradient: nothing is left that moves mu; give --eta-entropy as well (0.05), or "
+    "--method fixed"
+)
+NO_WEIGHT = (
+    "--entropy-sign: the entropy term has no weight here; give --eta-entropy as well (0.05), or "
+    "--mu-update normalised"
+)
 FOUR = {"prompts_per_step": 4, "validation_prompts": 4, "warmup_batch": 4}
 REFUSED = [
+    (1, {"no_meta_gradient": True}, STILL),
+    (1, {"no_meta_gradient": True, "eta_entropy": 0.1, "no_entropy_term": True}, STILL),
+    (1, {"entropy_sign": "text"}, NO_WEIGHT),
     (3, {"replicas": 2}, "--replicas 2 does not divide the 3 ranks"),
     (2, FOUR | {"prompts_per_step": 3},
      "--prompts-per-step 3 cannot be shared equally by 2 ranks"),
@@ -347,7 +358,8 @@ def test_flags_of_one_method():
     for owner, values in flags.items():
         for name, value in values.items():
             for method in amft.METHODS:
-                said = refusal(1, {"method": method, name: value})
+                moved = {"eta_entropy": 0.05} if method == "amft" else {}
+                said = refusal(1, moved | {"method": method, name: value})
                 flag = f"--{name.replace('_', '-')}"
                 message = f"{flag} is read by --method {owner} alone, not {method}"
                 assert said == ("" if method == owner else message)
@@ -936,7 +948,7 @@ def test_when_a_step_depends_on_mu():
 
 def controller_of(**settings) -> amft.Controller:
     """With an entropy target of 0.5."""
-    controller = amft.Controller(amft.Args(**settings))
+    controller = amft.Controller(amft.Args(**{"mu_update": "normalised"} | settings))
     controller.state["entropy_target"] = 0.5
     return controller
 
@@ -948,7 +960,7 @@ def changes(by_gradient: float, by_entropy: float) -> dict:
 def test_controller_at_the_start():
     for update, rates in (
         ("normalised", (0.05, 0.05, 10)),
-        ("shrunken", (0.2, 0.05, 2)),
+        ("shrunken", (0.2, 0.0, 2)),
         ("printed", (1e-4, 5e-4, 10)),
     ):
         controller = amft.Controller(amft.Args(mu_update=update, mu_init=0.4))
@@ -971,7 +983,8 @@ def test_every_change_of_mu_is_told():
     assert found == pytest.approx({"grad_mu_snr_window": snr} | changes(0.02, 0.02))
     assert printed.mu == pytest.approx(0.54)
     assert printed.state["squares"] == [4.0]
-    shrunken = controller_of(mu_update="shrunken", entropy_sign="text", mu_every=3)
+    settings = {"eta_entropy": 0.05, "entropy_sign": "text", "mu_every": 3}
+    shrunken = controller_of(mu_update="shrunken", **settings)
     found = shrunken.move(3, 2.0, 0.3, noise=1.5)
     by_gradient = 0.2 * snr**2 / (1 + snr**2)
     expected = {"grad_mu_snr_window": snr} | changes(by_gradient, -0.05 * 0.2)
@@ -1066,7 +1079,7 @@ def test_whose_gradients_are_needed():
     assert [controller.gradient_due(step) for step in range(4)] == [False, False, True, True]
     assert not controller.wants_target(2)
     controller.state["entropy_target"] = 0.5
-    assert not controller.has_target
+    assert not controller.moves(2)
     assert not amft.Controller(args, "no").wants_target(2)
     assert not amft.Controller(args, "no").gradient_due(5)
 

@@ -473,7 +473,8 @@ def test_a_step_with_a_meta_gradient_is_the_same_step(small_model, tmp_path, mon
     weights, norms = [], []
     for ablation in ([], ["--no-meta-gradient"]):
         flags = ["--model", small_model, *PARITY_RUN, "--steps", "1", "--mu-every", "1"]
-        flags += ["--mu-init", "0.8", "--output-dir", tmp_path / f"r{len(weights)}", *ablation]
+        flags += ["--mu-init", "0.8", "--mu-update", "normalised", *ablation]
+        flags += ["--output-dir", tmp_path / f"r{len(weights)}"]
         assert run_here(amft, *flags) == 0
         (row,) = logged(tmp_path / f"r{len(weights)}")
         assert ("grad_mu" in row) == (not ablation)

@@ -625,15 +625,17 @@ def test_batches_and_bar(rows, monkeypatch):
     assert drawn[1][0] == [s.ids for s in expected]
 
 
-def test_interrupted_without_rows(monkeypatch):
+@pytest.mark.parametrize("n", [1, 2])
+def test_interrupted_without_rows(n, monkeypatch):
     """What has been drawn is kept, cut short; prompts that were not begun have nothing."""
-    whole, _, _ = small_sampler(2, 1, False, monkeypatch)
+    whole, _, _ = small_sampler(2 * n, n, False, monkeypatch)
     asked = itertools.count()
     # Asked before the first batch and before each of its tokens, until it has two of them
-    cut, counted, _ = small_sampler(2, 1, False, monkeypatch, lambda: next(asked) >= 3)
-    assert [len(s.ids) for s in whole] != [2, 2, 2, 2]
+    cut, _, _ = small_sampler(2 * n, n, False, monkeypatch, lambda: next(asked) >= 3)
+    assert [len(s.ids) for s in whole] != [2] * 4 * n
     for i, (s, uncut) in enumerate(zip(cut, whole, strict=True)):
-        length = min(2, len(uncut.ids)) if i in (1, 3) else 0  # the short prompts were first
+        begun = i // n in (1, 3)  # the short prompts were first
+        length = min(2, len(uncut.ids)) if begun else 0
         assert s.ids == uncut.ids[:length]
         assert s.finished == (uncut.finished and len(uncut.ids) == length)
 

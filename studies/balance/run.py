@@ -45,12 +45,13 @@ def fixed(mu: str) -> tuple[str, ...]:
     return "--method", "fixed", "--mu-init", mu
 
 
+NORMALISED = ("--mu-update", "normalised", "--mu-every", "5", "--warmup-steps", "5")
 SHRUNKEN = ("--mu-update", "shrunken", "--no-entropy-term", "--mu-every", "2")
 ARMS = {
     "rl": ("--method", "rl"),
     "sft": ("--method", "sft"),
     "fixed 0.5": fixed("0.5"),
-    "amft": (),
+    "amft": NORMALISED,
     "amft, shrunken": (*SHRUNKEN, "--warmup-steps", "2"),
     "sft then rl 0.25": sft_then_rl(0.25),
     "fixed 0.25": fixed("0.25"),
@@ -62,9 +63,9 @@ ARMS = {
     "fixed 0.9": fixed("0.9"),
     "sft then rl 0.1": sft_then_rl(0.1),
     "sft then rl 0.5": sft_then_rl(0.5),
-    "amft, no meta-gradient": ("--no-meta-gradient",),
-    "amft, no entropy term": ("--no-entropy-term",),
-    "amft, text's sign": ("--entropy-sign", "text"),
+    "amft, no meta-gradient": (*NORMALISED, "--no-meta-gradient"),
+    "amft, no entropy term": (*NORMALISED, "--no-entropy-term"),
+    "amft, text's sign": (*NORMALISED, "--entropy-sign", "text"),
     "luffy": ("--method", "luffy"),
     "srft": ("--method", "srft"),
 }
