@@ -54,7 +54,7 @@ def with_interval(numbers: list[float]) -> str:
 def arm_line(label: str, rows: list[dict]) -> str:
     """A row of the main table."""
     training = [row["training"] for row in rows if row["training"]]
-    seeds = ", ".join(str(row["seed"]) for row in rows)
+    seeds = ", ".join(map(str, sorted(row["seed"] for row in rows)))
     tokens = seconds = "-"
     if training:
         tokens = f"{sum(t['tokens'] for t in training) / len(training) / 1000:,.0f}k"
