@@ -318,6 +318,13 @@ def test_adapters_beside_those_of_peft(kept_models, monkeypatch):
     monkeypatch.setattr(
         torch, "zeros_like", lambda *a, **k: made.append(zeros_like(*a, **k)) or made[-1]
     )
+    decays, adamw = set(), torch.optim.AdamW
+
+    def recording(params, **options):
+        decays.add(options["weight_decay"])
+        return adamw(params, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", recording)
     for _ in range(2):
         made.clear()
         theirs()
@@ -327,6 +334,7 @@ def test_adapters_beside_those_of_peft(kept_models, monkeypatch):
         assert norm > 0
         for g, own in zip(gradients, learner.meta_gradient, strict=True):
             assert (g - own).norm() < 0.02 * norm  # AdamW in fp32, where a gradient is near zero
+    assert decays == {0.0}  # ours is Adam
 
 
 def test_generated_from_the_whole_distribution(kept_models, monkeypatch, small_model):
@@ -376,6 +384,7 @@ def test_decoding(kept_models, monkeypatch, small_model):
     drawn, sample = [], policy.sample
 
     def recording(*args, **options):
+        assert max(options["stop"]) < 0  # no token ends a response
         drawn.append(sample(*args, **options))
 
     monkeypatch.setattr(policy, "sample", recording)
@@ -398,6 +407,7 @@ def test_decoding(kept_models, monkeypatch, small_model):
     assert options["longest"] == options["max_length"] == 64 + 64
     assert [count for count, _ in calls] == [1, 2]
     assert [how["max_new_tokens"] for _, how in calls] == [64, 64]
+    assert max(max(how["stop"]) for _, how in calls) < 0
 
 
 @pytest.mark.parametrize("r", [0, 4])
