@@ -511,10 +511,9 @@ def test_every_bench_has_its_work():
         "amft": "bench_controller", "checker": "bench_checker", "startup": "bench_startup",
         "scaling": "bench_scaling", "decode": "bench_decode",
     }  # fmt: skip
-    packages = {pair.peer.split(":")[0]: pair.package for p in bench.PAIRS.values() for pair in p}
-    assert {peer: package for peer, package in packages.items() if package} == {
-        "fomaml_torchopt": "torchopt", "lora_peft": "peft", "grpo_trl": "trl"
-    }  # fmt: skip
+    packages = {"fomaml_torchopt": "torchopt", "lora_peft": "peft", "grpo_trl": "trl"}
+    for pair in itertools.chain(*bench.PAIRS.values()):
+        assert pair.package == packages.get(pair.peer.split(":")[0])
     peers = [[pair.peer.split(":")[0] for pair in pairs] for pairs in bench.PAIRS.values()]
     assert peers[0] == ["fomaml_torchopt", "fomaml_deepcopy", "fomaml_floor"]
     assert peers[2] == ["rollout_generate"]
@@ -551,6 +550,33 @@ def test_child(monkeypatch, capsys):
     bench.work("probe:3:44", "m", "cpu")
     assert capsys.readouterr().out == "ready\n\n@0.5\n\n@2.25\n\n@3500\n"
     assert done == [("m", "cpu", (3, 44)), "5", "step", "step", 0]
+
+
+def fake_gpu(monkeypatch, called: list) -> None:
+    """Calls of torch.cuda, noted; 1000 bytes are held, 5 GB at the peak."""
+    for name, value in (
+        ("reset_peak_memory_stats", None), ("memory_allocated", 1000), ("synchronize", None),
+        ("max_memory_allocated", 5 * 10**9),
+    ):  # fmt: skip
+        monkeypatch.setattr(
+            torch.cuda, name, lambda name=name, value=value: called.append(name) or value
+        )
+
+
+def test_child_on_a_gpu(monkeypatch, capsys):
+    """It waits for the GPU before it reads the clock; the peak is the allocator's."""
+    called = []
+    monkeypatch.setattr(bench, "probe", lambda *_: lambda: called.append("step"), raising=False)
+    fake_gpu(monkeypatch, called)
+    monkeypatch.setattr(bench.sys, "stdin", ["go\n"])
+    monkeypatch.setattr(bench.os, "_exit", called.append)
+    readings = iter([1.0, 1.5])
+    clock = lambda: called.append("clock") or next(readings)  # noqa: E731
+    monkeypatch.setattr(bench.time, "perf_counter", clock)
+    bench.work("probe", "m", "cuda")
+    assert capsys.readouterr().out == f"ready\n\n@0.5\n\n@{5 * 10**9 - 1000}\n"
+    assert called[:2] == ["reset_peak_memory_stats", "memory_allocated"]
+    assert called[2:] == ["clock", "step", "synchronize", "clock", "max_memory_allocated", 0]
 
 
 def worker_of(lines: str, log: str = "") -> bench.Worker:
@@ -664,7 +690,7 @@ def test_table_of_decoding(workers, monkeypatch):
     ]
     turns = [side for side in asked if isinstance(side, str)]
     assert turns[:8] == ["decode_ours:1", "decode_generate:1"] * 4
-    monkeypatch.setattr(bench, "version", lambda name: f"{name} 1.0")
+    monkeypatch.setattr(bench, "version", {"vllm": "vllm 1.0"}.get)
     _, head, rule, *rows = bench.bench_decode(args)
     assert "| vllm 1.0 |" in head
     assert rows[1].endswith("| 1024.0 (1024.0 to 2048.0) | 64.0 (64.0 to 64.0) |")
@@ -1419,6 +1445,22 @@ def test_measured_numbers(monkeypatch):
     assert row["estimate_gb"] == 7.0
     Clock(monkeypatch, 0.0, 1.0, 1.0, 2.0)
     assert "estimate_gb" not in bench_gpu.measure(fake_case("decode")[0], args, world)
+
+
+def test_measured_on_a_gpu(monkeypatch):
+    """Peak memory in GB, from after the preparation; the GPU is waited for on both sides."""
+    called = []
+    fake_gpu(monkeypatch, called)
+
+    def prepare(config, world, length):
+        called.append("prepare")
+        return bench_gpu.Work(lambda: called.append("step"), 1000)
+
+    case, world = bench_gpu.Case("n", "debug", prepare), World(torch.device("cuda"))
+    row = bench_gpu.measure(case, bench_gpu.Args(repeats=1), world)
+    assert row["peak_gb"] == 5.0
+    step = ["synchronize", "step", "synchronize"]
+    assert called == ["prepare", "reset_peak_memory_stats", *step * 2, "max_memory_allocated"]
 
 
 def test_rows_of_the_gpu_table():
