@@ -416,13 +416,13 @@ def test_our_grpo_step(r, kept_models, monkeypatch, small_model, process_group):
     adapters alone."""
     monkeypatch.setattr(bench, "NEW_TOKENS", 6)
     monkeypatch.setattr(bench.dist, "init_process_group", lambda *_, **__: None)
-    trained, train_on = [], amft.PolicyLearner.train_on
+    trained, train_on = [], amft.train_on
 
     def recording(learner, mu, sft, rl, schedule, with_D):
         trained.append((learner, mu, sft, rl, schedule, with_D))
         return train_on(learner, mu, sft, rl, schedule, with_D)
 
-    monkeypatch.setattr(amft.PolicyLearner, "train_on", recording)
+    monkeypatch.setattr(amft, "train_on", recording)
     step = bench.grpo_ours(str(small_model), "cpu", 3, 8, r)
     start = weights_of(kept_models[0])
     step()
@@ -1277,7 +1277,7 @@ def test_training_step_of_the_gpu(process_group, monkeypatch):
         assert (mu, sft, schedule, with_D) == (0.0, [], 1.0, False)
         rows.extend(rl)
 
-    monkeypatch.setattr(amft.PolicyLearner, "train_on", train_on)
+    monkeypatch.setattr(amft, "train_on", train_on)
     world = World(torch.device("cpu"), mesh=one_rank_mesh())
     work = bench_gpu.amft_step(bench_gpu.config_of("debug"), world, 8, sampling=False, new=5)
     work.step()

@@ -335,14 +335,15 @@ def test_flags_of_the_balance(runs_of_amft, tmp_path):
         assert list(made["flags"]) == row["flags"], arm
         _, flags = runs_of_amft[-2]
         assert words_after(flags, "--steps") == str(row["steps"])
+    first = ["--mu-update", "normalised", "--mu-every", "5", "--warmup-steps", "5"]
     plan = {
         "fixed 0.75": ["--method", "fixed", "--mu-init", "0.75"],
         "fixed 0.9": ["--method", "fixed", "--mu-init", "0.9"],
         "luffy": ["--method", "luffy"],
         "srft": ["--method", "srft"],
-        "amft, text's sign": ["--entropy-sign", "text"],
-        "amft, no entropy term": ["--no-entropy-term"],
-        "amft, no meta-gradient": ["--no-meta-gradient"],
+        "amft, text's sign": [*first, "--entropy-sign", "text"],
+        "amft, no entropy term": [*first, "--no-entropy-term"],
+        "amft, no meta-gradient": [*first, "--no-meta-gradient"],
     }
     assert plan.keys() | {arm for _, arm in known} == balance.ARMS.keys()
     for arm in balance.ARMS:
