@@ -329,7 +329,8 @@ def evaluated(monkeypatch, world, agreed=lambda: False, curve=3, max_new_tokens=
             tokens[row.id] = Encoded([0] * (10 + i), 4)  # 7, 8, 9 tokens of response
 
     def in_context(tokenizer, support, rows):
-        return {row.id: Encoded([0] * 40, 30) for row in rows}
+        lengths = [40] + [20] * (len(rows) - 1)
+        return {r.id: Encoded([0] * n, 30) for r, n in zip(rows, lengths, strict=True)}
 
     def draw(rng, rows):
         draws.append((rng.random(), rows))
@@ -417,8 +418,8 @@ def test_adaptation_stops_where_all_ranks_agree(monkeypatch):
 
 
 def test_what_an_evaluation_is_made_of(monkeypatch):
-    """Sums over all ranks; other support rows with another seed; prompts of more tokens than fit
-    are none."""
+    """Sums over all ranks; other support rows with another seed; no prompts where one of them
+    has more tokens than fit."""
     monkeypatch.setattr(measure.dist, "all_reduce", lambda sums: sums.mul_(3))
     world, adaptation = World(torch.device("cpu")), measure.adaptation
     result, _, draws = evaluated(monkeypatch, world, tasks="t")
