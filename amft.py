@@ -21,9 +21,9 @@ What is done differently, and why:
 2. --meta-preconditioner adam (default) differentiates the clipped AdamW step that training takes;
    none is eq. (5), which is for SGD.
 3. --mu-update shrunken (default) moves mu by a running mean of grad_mu U over its running RMS, less
-   where that does not stand out of its noise, and without the entropy term: what follows its
-   gradient in docs/studies/balance.md. With the published constants eq. (6) moves mu by next to
-   nothing (docs/amft.md); --mu-update printed does just that.
+   where that does not stand out of its noise, and without the entropy term: it follows its gradient
+   in docs/studies/balance.md (there with K = 2). With the published constants eq. (6) moves mu by
+   next to nothing (docs/amft.md); --mu-update printed does just that.
 4. --entropy-sign printed is eq. (6); text is what the paper's words say, the opposite.
 5. A step's demonstrations are those of its prompts, so that every --method sees the same prompts
    and demonstrations.
@@ -95,6 +95,7 @@ from run import (
     Needs,
     Run,
     check_space,
+    rate_warnings,
     start,
 )
 from vllm_sampler import VllmSampler, check_flags, engine_bytes
@@ -252,14 +253,16 @@ class Args:
     eta_entropy: float | None = None
     """Per nat. Default: 0 (no entropy term) shrunken, 0.05 normalised, 5e-4 printed."""
     entropy_sign: Literal["printed", "text"] = "printed"
-    """printed: + eta_H (H* - H), as in eq. (6); text: the opposite, as in the paper's words."""
+    """printed: + eta_H (H* - H), as in eq. (6); text: the opposite, as in the paper's words. Where
+    eta_H is not 0."""
     validation_prompts: int | None = None
     """Validation prompts per meta-gradient, with --samples responses each, over all ranks. Default:
     --prompts-per-step."""
     no_meta_gradient: bool = False
-    """Ablation: the entropy term alone moves mu."""
+    """Ablation: the entropy term alone moves mu; it needs --eta-entropy, or --mu-update normalised
+    or printed."""
     no_entropy_term: bool = False
-    """Ablation: the meta-gradient alone moves mu."""
+    """Ablation: the meta-gradient alone moves mu (shrunken: so by default)."""
 
     # The other methods
     sft_weight: Literal["none", "phi", "dft"] = "none"
@@ -380,7 +383,7 @@ def _filled(args: Args, defaults: dict) -> Args:
 
 
 # --------------------------------------------------------------------------------------------------
-# Losses: one number a token. Its weight in the mean: token_mean and its like, below Row.
+# Losses: one number a token. Its weight in the mean: token_mean and its like, below.
 
 
 def ppo_loss(t: Tokens, args: Args) -> torch.Tensor:
@@ -975,9 +978,8 @@ class Controller:
 
     def wants_target(self, step: int) -> bool:
         """Whether H* is to be measured before this step (from 0)."""
-        first = step == self.args.warmup_steps
         missing = self.state["entropy_target"] is None
-        return self.learns == "by_reward" and first and missing and self.uses_entropy
+        return self.moves(step) and self.uses_entropy and missing
 
     def gradient_due(self, step: int) -> bool:
         """Whether g_SFT - g_RL of this step (from 0) is needed."""
@@ -990,23 +992,24 @@ class Controller:
         return due and self.state["optimizer_steps"] >= self.first_steps
 
     def move(
-        self, step: int, grad_mu: float | None, entropy: float, noise: float = 0.0
+        self, step: int, grad_mu: float | None, entropy: float | None, noise: float = 0.0
     ) -> dict[str, float]:
         """mu after optimizer step number `step` (from 1); returns what moved it.
 
         grad_mu: of U, or None where it was not taken; noise: its standard deviation. entropy: H(pi)
-        of this step's samples.
+        of this step's samples; None where all of them were cut and masked.
         """
         args, by_gradient, by_entropy, metrics = self.args, 0.0, 0.0, {}
         # Not where it is exactly 0: the validation samples of every prompt are equally good, which
-        # says nothing and must not count in the RMS
-        if grad_mu:
+        # says nothing and must not count in the RMS. Nor what is not finite: it would stay there
+        if grad_mu and abs(grad_mu) + noise < 1e100:
             window = self._window(grad_mu, noise)
             metrics["grad_mu_snr_window"] = window["snr"]
             by_gradient = self._gradient_step(grad_mu, window)
             self.state["squares"].append(grad_mu**2)
         every_step = args.mu_update == "printed"
-        if self.uses_entropy and (every_step or step % args.mu_every == 0):
+        due = every_step or step % args.mu_every == 0
+        if self.uses_entropy and due and entropy is not None:
             sign = 1 if args.entropy_sign == "printed" else -1
             by_entropy = self.eta_entropy * (self.state["entropy_target"] - entropy) * sign
         self._set(self.mu + (by_gradient + by_entropy))
@@ -1132,15 +1135,15 @@ def check(args: Args, ranks: int) -> None:
     if not 0 <= args.warmup_steps <= args.steps:
         raise DataError(f"--warmup-steps must be between 0 and --steps, not {args.warmup_steps}")
     if method.learns_mu == "by_reward" and not Controller(args).uses_entropy:
-        if args.no_meta_gradient:
+        if args.no_meta_gradient or args.eta_mu == 0:
             raise DataError(
-                "--no-meta-gradient: nothing is left that moves mu; give --eta-entropy as well "
-                "(0.05), or --method fixed"
+                "nothing moves mu without --eta-mu, the meta-gradient and an entropy term (which "
+                "--eta-entropy 0.05 gives a weight): --method fixed is that"
             )
         if args.entropy_sign != "printed":
             raise DataError(
-                "--entropy-sign: the entropy term has no weight here; give --eta-entropy as well "
-                "(0.05), or --mu-update normalised"
+                "--entropy-sign: the entropy term has no weight here, which --eta-entropy 0.05 or "
+                "--mu-update normalised gives it"
             )
     if method.learns_mu == "by_noise" and args.prompts_per_step < 2 * ranks:
         raise DataError(
@@ -1191,23 +1194,38 @@ ONLY = {
     ("amft", "gac", "fixed", "chord", "sft", "sft_then_rl", "hpt"): ("sft_weight",),
     ("amft", "gac", "fixed", "chord", "rl", "sft_then_rl", "srft"): ("clip_ratio_high",),
 }  # fmt: skip
+# Flags that are read beside others alone
+BESIDE = {
+    "--task math": ("data", "subjects", "levels", "suffix", "validation_size"),
+    "--task general_points": ("rule", "suits"),
+    "--task virl": ("actions", "routes", "test_routes"),
+    "--advantage gae": ("value_coefficient", "value_lr", "gae_lambda"),
+    "--lora-r": ("lora_alpha", "target_modules"),
+}
 
 
 def check_ignored(args: Args) -> None:
-    """Raises DataError for a flag that is given but that the method does not read."""
-    defaults = {f.name: f.default for f in fields(Args)}
+    """Raises DataError for a flag that is given but that nothing reads."""
     for methods, names in ONLY.items():
-        if args.method in methods:
-            continue
-        plain = with_defaults(replace(args, **{name: defaults[name] for name in names}))
-        for name in names:
-            if getattr(args, name) != getattr(plain, name):
-                raise DataError(
-                    f"--{name.replace('_', '-')} is read by --method {', '.join(methods)} alone, "
-                    f"not {args.method}"
-                )
+        if args.method not in methods and (flag := given(args, names)):
+            raise DataError(
+                f"{flag} is read by --method {', '.join(methods)} alone, not {args.method}"
+            )
+    there = {f"--task {args.task}", f"--advantage {args.advantage}"}
+    there |= {"--lora-r"} if args.lora_r else set()
+    for other, names in BESIDE.items():
+        if other not in there and (flag := given(args, names)):
+            raise DataError(f"{flag} is read beside {other} alone")
     if args.method == "sft" and args.dynamic_sampling:
         raise DataError("--dynamic-sampling is for samples: --method sft draws none")
+
+
+def given(args: Args, names: Sequence[str]) -> str:
+    """The first of these flags that has not its default; "" if there is none."""
+    defaults = {f.name: f.default for f in fields(Args)}
+    plain = with_defaults(replace(args, **{name: defaults[name] for name in names}))
+    changed = [name for name in names if getattr(args, name) != getattr(plain, name)]
+    return f"--{changed[0].replace('_', '-')}" if changed else ""
 
 
 def load_task(args: Args, tokenizer) -> tuple:
@@ -1501,6 +1519,8 @@ def main(args: Args, world: World) -> int:
         shows={"mu": "mu", "reward": "reward/mean", "H": "entropy"},
         advice="lower --lr",
     )
+    too_much = 2e-3 if args.lora_r else 2e-5
+    run.warn(rate_warnings(args, {"lr": too_much, "warmup_lr": too_much}))
     torch.manual_seed(args.seed)
     method = METHODS[args.method]
     policy = build(args, config, world)
@@ -1594,9 +1614,7 @@ def main(args: Args, world: World) -> int:
                 metrics |= {"grad_mu": grad_mu, "grad_mu_snr": abs(grad_mu) / max(noise, 1e-30)}
             if controller.uses_entropy:
                 metrics["entropy_target"] = controller.state["entropy_target"]
-            # There is no entropy where all of a step's responses were cut and masked
-            if "entropy" in metrics:
-                metrics |= controller.move(step + 1, grad_mu, metrics["entropy"], noise)
+            metrics |= controller.move(step + 1, grad_mu, metrics.get("entropy"), noise)
         elif method.learns_mu == "by_noise" and result.D is not None and result.finite:
             metrics |= controller.balance(gradient_noise(learner, result))
         del result

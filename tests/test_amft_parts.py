@@ -221,18 +221,25 @@ def refusal(ranks: int, settings: dict) -> str:
 
 
 STILL = (
-    "--no-meta-gradient: nothing is left that moves mu; give --eta-entropy as well (0.05), or "
-    "--method fixed"
+    "nothing moves mu without --eta-mu, the meta-gradient and an entropy term (which --eta-entropy "
+    "0.05 gives a weight): --method fixed is that"
 )
 NO_WEIGHT = (
-    "--entropy-sign: the entropy term has no weight here; give --eta-entropy as well (0.05), or "
-    "--mu-update normalised"
+    "--entropy-sign: the entropy term has no weight here, which --eta-entropy 0.05 or --mu-update "
+    "normalised gives it"
 )
 FOUR = {"prompts_per_step": 4, "validation_prompts": 4, "warmup_batch": 4}
 REFUSED = [
     (1, {"no_meta_gradient": True}, STILL),
     (1, {"no_meta_gradient": True, "eta_entropy": 0.1, "no_entropy_term": True}, STILL),
+    (1, {"eta_mu": 0.0}, STILL),
     (1, {"entropy_sign": "text"}, NO_WEIGHT),
+    (1, {"task": "virl", "levels": (1,)}, "--levels is read beside --task math alone"),
+    (1, {"task": "virl", "suits": "red"}, "--suits is read beside --task general_points alone"),
+    (1, {"task": "general_points", "routes": "a.json"},
+     "--routes is read beside --task virl alone"),
+    (1, {"gae_lambda": 0.5}, "--gae-lambda is read beside --advantage gae alone"),
+    (1, {"lora_alpha": 8}, "--lora-alpha is read beside --lora-r alone"),
     (3, {"replicas": 2}, "--replicas 2 does not divide the 3 ranks"),
     (2, FOUR | {"prompts_per_step": 3},
      "--prompts-per-step 3 cannot be shared equally by 2 ranks"),
@@ -1024,6 +1031,16 @@ def test_the_normalised_update_is_bounded():
         assert found == pytest.approx(0.05 * 2.5 * sign)
         found = controller.move(1, 100.0 * sign, 0.5)["mu_change/meta_gradient"]
         assert found == pytest.approx(0.15 * sign)
+
+
+def test_gradients_that_are_not_finite():
+    """Move nothing and are forgotten."""
+    for update in ("normalised", "shrunken", "printed"):
+        for grad_mu, noise in ((math.nan, 0.1), (math.inf, 0.1), (-1e200, 0.1), (1.0, math.nan)):
+            controller = controller_of(mu_update=update, no_entropy_term=True)
+            controller.move(1, grad_mu, 0.5, noise)
+            assert (controller.mu, controller.state["squares"]) == (0.5, [])
+            assert controller.state["window"] == {}
 
 
 def test_gradients_that_are_next_to_nothing():

@@ -380,7 +380,7 @@ def warm_at_once(patch: pytest.MonkeyPatch) -> None:
 
 LEARNED = [
     *PARITY_RUN, "--mu-every", "1", "--lr", "1e-3", "--steps", "5", "--warmup-steps", "1",
-    "--save-every", "4", "--eval-every", "3", "--show", "1",
+    "--save-every", "4", "--eval-every", "3", "--show", "1", "--mu-update", "normalised",
 ]  # fmt: skip
 FILES = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 
