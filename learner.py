@@ -1,6 +1,6 @@
 """A policy that is trained: rows, micro-batches, gradients in flat buffers, and AdamW's step.
 
-What lies below amft.py's losses and is the same for all of them. A `Row` is one response with what
+What lies below amft.py's losses and methods. A `Row` is one response with what
 its loss needs; `PolicyLearner.backward` takes the gradient of a sum of losses on rows and adds it
 to buffers, each with its factor; `dot` and `take_step` are for those buffers.
 """

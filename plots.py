@@ -411,6 +411,8 @@ def moved_mu(row: dict) -> bool:
 def draw_mu_changes(setting: Setting, axis) -> None:
     """The parts of mu's changes, summed over the steps, of a setting's first seed."""
     for colour, (name, label) in zip(COLOURS, MU_CHANGES.items(), strict=False):
+        if not any(row.get(name) for row in setting.metrics[0]):  # a term without a weight
+            continue
         height, series = 0.0, []
         for row in setting.metrics[0]:
             height += row.get(name, 0.0)

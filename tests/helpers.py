@@ -190,7 +190,7 @@ def random_rows(
 # --------------------------------------------------------------------------------------------------
 # Runs
 
-# amft.py on a few short responses: 14 steps, a meta-gradient at each of the last ones
+# amft.py on a few short responses: 14 steps, a meta-gradient at each after the warm-up
 AMFT_RUN = [
     "--model", "tiny_bare", "--steps", "14", "--save-every", "4", "--eval-every", "7",
     "--eval-problems", "6", "--prompts-per-step", "4", "--samples", "4", "--max-new-tokens", "24",

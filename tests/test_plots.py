@@ -548,7 +548,7 @@ def test_panels_of_amft(axis):
     assert [line.ys[20] for line in drawn(axis)] == [8000]
     axis.clear()
     plots.dynamics_panels([two])[-1].draw(axis)
-    assert drawn(axis)[1] == Line("entropy term", RED, "-", [0, 1], [0.0, 0.5])
+    assert drawn(axis) == [Line("entropy term", RED, "-", [0, 1], [0.0, 0.5])]
 
 
 def test_accuracy_on_test_sets(axis):
@@ -613,6 +613,11 @@ def test_what_moved_mu(axis):
         Line("meta-gradient", BLUE, "-", [2, 3, 4], [0.25, 0.25, 0.75]),
         Line("entropy term", RED, "-", [2, 3, 4], [-0.5, -0.75, -0.75]),
     ]
+    axis.clear()
+    for row in first:
+        row["mu_change/entropy"] = 0.0  # a term without a weight is left out
+    plots.draw_mu_changes(setting(metrics=[first]), axis)
+    assert [line.label for line in drawn(axis)] == ["meta-gradient"]
 
 
 # --------------------------------------------------------------------------------------------------
