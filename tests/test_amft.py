@@ -1275,7 +1275,7 @@ def test_amft_two_ranks_equal_one(tmp_path):
 GAME_RUN = [
     "--steps", "2", "--warmup-steps", "1", "--prompts-per-step", "2", "--samples", "2",
     "--warmup-batch", "2", "--eval-problems", "2", "--show", "1", "--micro-batch", "4",
-    "--save-every", "2",
+    "--save-every", "2", "--eta-entropy", "0.05",
 ]  # fmt: skip
 
 
@@ -1300,6 +1300,7 @@ def test_games_run(kind, tmp_path, capsys):
     assert len(rows) == 2
     assert math.isfinite(rows[-1]["loss/rl"])
     assert rows[-1]["grad_norm"] > 0
+    assert rows[-1]["entropy_target"] > 0
     assert (folder / "dynamics.png").exists()
 
 
