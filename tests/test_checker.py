@@ -177,6 +177,8 @@ DIFFERENT = [
     (r"\pm1\pm\sqrt2", r"1+\sqrt2,-1-\sqrt2"),
     # units, times, letters
     ("1:00", "12:00"),
+    ("3:05", "3:5"),
+    ("3:05", "3/5"),
     ("3:00 PM", "4:00 PM"),
     ("3:45 PM", "3:45 AM"),
     (r"12\text{ million}", "12"),
