@@ -1196,7 +1196,7 @@ ONLY = {
 }  # fmt: skip
 # Flags that are read beside others alone
 BESIDE = {
-    "--task math": ("data", "subjects", "levels", "suffix", "validation_size"),
+    "--task math": ("data", "subjects", "levels", "suffix"),
     "--task general_points": ("rule", "suits"),
     "--task virl": ("actions", "routes", "test_routes"),
     "--advantage gae": ("value_coefficient", "value_lr", "gae_lambda"),
