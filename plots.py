@@ -467,25 +467,25 @@ def draw_shots(summaries: dict[str, list[dict]], quantity: str, scale: float, ax
 
 
 def draw_curves(rows: dict[str, list[dict]], axis) -> None:
-    curves_of, steps_of = {}, {}
-    for name in rows:
-        largest = max(row["shots"] for row in rows[name])
-        curves = [row["curve"] for row in rows[name] if row["shots"] == largest]
-        curves_of[name] = curves
-        steps_of[name] = sorted(map(int, set.intersection(*map(set, curves))))
-    all_steps = sorted(set().union(*steps_of.values()))
+    curves = {name: mean_curve(rows[name]) for name in rows}
+    steps = sorted(set().union(*curves.values()))
     for name, colour in coloured(rows):
-        curves, steps, mean = curves_of[name], steps_of[name], []
-        for step in steps:
-            mean.append(sum(curve[str(step)] for curve in curves) / len(curves))
-        if len(steps) == 1:  # in context: no steps at all
+        mean = list(curves[name].values())
+        if len(mean) == 1:  # in context: no steps at all
             axis.axhline(mean[0], color=colour, linestyle=":", label=name)
             continue
-        axis.plot(
-            [all_steps.index(step) for step in steps], mean, color=colour, label=name, **AFTER
-        )
-    axis.set_xticks(range(len(all_steps)), map(str, all_steps))
+        places = [steps.index(step) for step in curves[name]]
+        axis.plot(places, mean, color=colour, label=name, **AFTER)
+    axis.set_xticks(range(len(steps)), map(str, steps))
     axis.legend()
+
+
+def mean_curve(rows: list[dict]) -> dict[int, float]:
+    """{step: loss}, of the rows with the most examples, at the steps that all of them have."""
+    largest = max(row["shots"] for row in rows)
+    curves = [row["curve"] for row in rows if row["shots"] == largest]
+    steps = sorted(map(int, set.intersection(*map(set, curves))))
+    return {step: sum(curve[str(step)] for curve in curves) / len(curves) for step in steps}
 
 
 def benchmark_panels(reports: list[dict]) -> list[Panel]:

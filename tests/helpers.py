@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import amft
 from data import Encoded, Episode, Example
 from games.play import Turn
 from games.rules import Result
@@ -185,6 +186,13 @@ def random_rows(
             Row(turn, advantages, demonstration=demonstration, right=won, value_targets=targets)
         )
     return rows
+
+
+def controller_of(**settings) -> amft.Controller:
+    """With an entropy target of 0.5."""
+    controller = amft.Controller(amft.Args(**{"mu_update": "normalised"} | settings))
+    controller.state["entropy_target"] = 0.5
+    return controller
 
 
 # --------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from tests.helpers import (
     ROOT,
     Parity,
     assert_same_weights,
+    controller_of,
     final_weights,
     logged,
     one_rank_mesh,
@@ -140,13 +141,6 @@ def advantages_by_hand():
     trajectory = Trajectory([Turn([], [], [], True, "", r) for r in (-1.0, -2.0, 5.0)])
     assert trajectory.returns(1.0) == [2, 3, 5]
     assert trajectory.returns(0.5) == [-0.75, 0.5, 5]
-
-
-def controller_of(**settings) -> amft.Controller:
-    """With an entropy target of 0.5."""
-    controller = amft.Controller(amft.Args(**{"mu_update": "normalised"} | settings))
-    controller.state["entropy_target"] = 0.5
-    return controller
 
 
 def test_controller():

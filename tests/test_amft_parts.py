@@ -24,7 +24,7 @@ from learner import (
 )
 from model import ModelError, World
 from policy import Policy
-from tests.helpers import OneRank, small_llama
+from tests.helpers import OneRank, controller_of, small_llama
 
 CPU = torch.device("cpu")
 
@@ -951,13 +951,6 @@ def test_when_a_step_depends_on_mu():
 
 # --------------------------------------------------------------------------------------------------
 # The controller of mu
-
-
-def controller_of(**settings) -> amft.Controller:
-    """With an entropy target of 0.5."""
-    controller = amft.Controller(amft.Args(**{"mu_update": "normalised"} | settings))
-    controller.state["entropy_target"] = 0.5
-    return controller
 
 
 def changes(by_gradient: float, by_entropy: float) -> dict:

@@ -841,9 +841,8 @@ def test_percentiles_of_the_checkers(monkeypatch, tmp_path):
     assert "| 199 ms | 1.99e+03 ms | **10.0** |" in last
 
 
-def test_what_is_started(monkeypatch):
-    """One meta-step without evaluations by torchrun; torchrun alone; imports alone. What takes less
-    than its parts said takes none."""
+def started_runs(monkeypatch, seconds: float) -> list[tuple]:
+    """Processes that are a run's at once, with a step of so many seconds: (command, folder)."""
     asked = []
 
     class Process:
@@ -852,11 +851,18 @@ def test_what_is_started(monkeypatch):
             folder = Path(command[command.index("--output-dir") + 1])
             folder.mkdir()
             (folder / "args.json").write_text("{}")
-            (folder / "metrics.jsonl").write_text('{"seconds": 9.5}')
+            (folder / "metrics.jsonl").write_text(json.dumps({"seconds": seconds}))
 
         poll = wait = staticmethod(lambda: None)
 
     monkeypatch.setattr(bench.subprocess, "Popen", Process)
+    return asked
+
+
+def test_what_is_started(monkeypatch):
+    """One meta-step without evaluations by torchrun; torchrun alone; imports alone. What takes less
+    than its parts said takes none."""
+    asked = started_runs(monkeypatch, 9.5)
     Clock(monkeypatch, 10.0, 11.0, 18.5)
     monkeypatch.setattr(bench, "fastest_of_two", lambda command: asked.append(command) or 2.0)
     _, parts = bench.bench_startup(bench.Args())
@@ -960,17 +966,7 @@ def test_checkers_side_by_side(monkeypatch, tmp_path):
 
 def test_parts_of_the_start(monkeypatch):
     """Torchrun 0.5 s, imports 1, data 1.5, weights 4, the step 1.5: 8.5 in all."""
-
-    class Process:
-        def __init__(self, command, **_):
-            folder = Path(command[command.index("--output-dir") + 1])
-            folder.mkdir()
-            (folder / "args.json").write_text("{}")
-            (folder / "metrics.jsonl").write_text('{"seconds": 1.5}')
-
-        poll = wait = staticmethod(lambda: None)
-
-    monkeypatch.setattr(bench.subprocess, "Popen", Process)
+    started_runs(monkeypatch, 1.5)
     Clock(monkeypatch, 10.0, 13.0, 18.5)
     fastest = {True: 1.0, False: 0.5}
     monkeypatch.setattr(bench, "fastest_of_two", lambda command: fastest["-c" in command])

@@ -272,6 +272,19 @@ def test_rates_move_by_adam():
         assert rates.values() == pytest.approx(expected.exp().expand(3).tolist())
 
 
+def rows_behind_support(tokenizer, episode: Episode, shots: int) -> list[Encoded]:
+    """The query rows, each behind the text of the support rows."""
+    chat, shown = template(tokenizer), list(dict.fromkeys(episode.support))
+    assert len(shown) == shots
+    text = "".join(chat.before + e.prompt + chat.after + e.response + "<|end|>" for e in shown)
+    rows = []
+    for e in episode.query:
+        prompt = tokenizer(text + chat.before + e.prompt + chat.after)["input_ids"]
+        response = tokenizer(e.response + "<|end|>")["input_ids"]
+        rows.append(Encoded(prompt + response, len(prompt)))
+    return rows
+
+
 def test_in_context_gradient():
     """The mean over tasks of the gradient of the query loss behind the support rows: every token of
     the prompt built by hand, a support row that is there twice shown once."""
@@ -279,17 +292,9 @@ def test_in_context_gradient():
     tasks = load_tasks("changes")[:2]
     model = small_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
     episodes = [sample_episode(tasks, 0, 0, place, 6, 2, shots=3) for place in range(2)]
-    chat, expected = template(tokenizer), None
+    expected = None
     for episode in episodes:
-        shown = list(dict.fromkeys(episode.support))
-        assert len(shown) == 3
-        text = "".join(chat.before + e.prompt + chat.after + e.response + "<|end|>" for e in shown)
-        rows = []
-        for e in episode.query:
-            prompt = tokenizer(text + chat.before + e.prompt + chat.after)["input_ids"]
-            rows.append(
-                Encoded(prompt + tokenizer(e.response + "<|end|>")["input_ids"], len(prompt))
-            )
+        rows = rows_behind_support(tokenizer, episode, 3)
         weights = leaves(weights_of(model))
         loss = reference_loss(functional(model, weights), rows) / 2
         gradient = torch.autograd.grad(loss, list(weights.values()))
@@ -1025,18 +1030,11 @@ def test_in_context_by_the_command_line(short, small_model, sums, counted, monke
     assert status == 0
     (row,) = logged(folder)
     _, tokenizer = load_config("tiny")
-    chat, model, losses, seen = template(tokenizer), load_weights(str(small_model)), [], 0
+    model, losses, seen = load_weights(str(small_model)), [], 0
     for place in range(2):
         episode = sample_episode(load_tasks(str(sums)), 42, 0, place, 4, 3, 2)
-        shown = list(dict.fromkeys(episode.support))
-        assert len(shown) == 2
-        text = "".join(chat.before + e.prompt + chat.after + e.response + "<|end|>" for e in shown)
-        rows = []
-        for e in episode.query:
-            prompt = tokenizer(text + chat.before + e.prompt + chat.after)["input_ids"]
-            ids = prompt + tokenizer(e.response + "<|end|>")["input_ids"]
-            rows.append(Encoded(ids, len(prompt)))
-            seen += len(ids)
+        rows = rows_behind_support(tokenizer, episode, 2)
+        seen += sum(len(row.ids) for row in rows)
         with torch.no_grad():
             losses.append(reference_loss(functional(model, weights_of(model)), rows).item())
     assert [tokens for tokens, _ in counted] == [seen]
